@@ -1,0 +1,710 @@
+"""Self-pretraining (SPT) of a Transformer for sequence classification, explained by one file that runs.
+
+    python spt.py --task proximity --spt      pretrain on masked tokens, then fine-tune on labels
+    python spt.py --task proximity            labels only, for the same total of steps
+    python spt.py --task proximity --compare  both, several seeds, the gap, the attention picture
+    python spt.py --help                      every flag: they are the fields of `Config`
+
+The first command takes @SECONDS@ and ends with
+
+@OUTPUT@
+
+while the second ends near 0.500. Both arms see the same sequences, the same labels, the same initial
+weights and the same number of steps. After arXiv 2605.21070 (2026) and Amos et al., arXiv 2310.02980;
+the tasks and the set-up are this project's own, see README.md.
+
+The story, top to bottom: Config; positions; attention, block, model; masking and the two training
+loops; probes that look inside; one run; the command line.
+
+Letters in shape comments: B sequences in a batch, T tokens in a sequence, C width (d_model),
+H attention heads, D = C / H width of a head, V symbols (token V is the mask), K classes, L layers.
+"""
+import argparse
+import errno
+import json
+import math
+import multiprocessing
+import os
+import shlex
+import signal
+import statistics
+import sys
+import time
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, fields, replace
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from synthetic_tasks import TASKS, best_possible_accuracy, count_baseline, make_task
+
+# ---------------------------------------------------------------------------------------------
+# Config. Every default lives here and nowhere else, and the command line is made from it, so
+# that help, flags and code cannot drift apart.
+# ---------------------------------------------------------------------------------------------
+POSITIONS = ("sinusoidal", "learned", "rotary", "distance", "symmetric", "none")
+
+
+def option(default, help, low=None, high=None, choices=None):
+    """A field of Config: its default, the help of its flag, and the values it may take."""
+    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, or one comparison of runs. Raises ValueError for a value that makes no sense."""
+    # what to do
+    task: str = option("proximity", "what to classify", choices=TASKS)
+    spt: bool = option(False, "pretrain on masked tokens first; without it, labels get all steps")
+    compare: bool = option(False, "both arms over several seeds, side by side")
+    seed: int = option(0, "seed of data, weights, batches and masks", 0, 2**31)
+    seeds: int = option(3, "seeds in --compare, counted from --seed", 1, 1000)
+    jobs: int = option(os.cpu_count(), "processes that --compare spreads its runs over", 1, 256)
+    threads: int = option(1, "threads in each process; a second one gains nothing here", 1, 256)
+    device: str = option("cpu", "where the tensors live: cpu, cuda, mps")
+    json: str = option(None, "file to append results to, one JSON object per finished run")
+    # the data
+    n_train: int = option(2000, "training sequences (text: at most)", 2, 10**7)
+    n_test: int = option(2000, "test sequences (text: at most)", 2, 10**7)
+    seq_len: int = option(64, "tokens in a sequence, T", 2, 2**16)
+    vocab_size: int = option(8, "symbols, V", 2, 10**5)
+    signal: float = option(0.5, "how often a token tells of its class (not text)", 0.0, 1.0)
+    lag: int = option(1, "how far apart the neighbours of proximity stand", 1, 2**16)
+    text: str = option(None, "UTF-8 file for text, in place of Python's own manual")
+    # the model
+    positions: str = option("sinusoidal", "how the model knows positions", choices=POSITIONS)
+    n_layers: int = option(1, "blocks, L", 1, 1000)
+    d_model: int = option(32, "width, C", 2, 2**14)
+    n_heads: int = option(2, "attention heads, H", 1, 2**10)
+    d_ff: int = option(64, "width inside the MLP", 1, 2**16)
+    # the training
+    pretrain_steps: int = option(250, "steps of masked reconstruction", 1, 10**8)
+    finetune_steps: int = option(100, "steps on labels", 1, 10**8)
+    batch_size: int = option(32, "sequences in a step, B", 1, 10**5)
+    lr: float = option(0.02, "peak learning rate", 1e-8, 10.0)
+    mask_ratio: float = option(0.3, "share of tokens hidden in pretraining", 0.01, 0.99)
+    transfer: str = option("all", "which pretrained weights fine-tuning starts from", choices=("all", "qk", "not-qk"))
+    freeze_qk: bool = option(False, "keep query and key maps as they are while fine-tuning")
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, rule = getattr(self, f.name), f.metadata
+            if rule["choices"] and value not in rule["choices"]:
+                raise ValueError(f"{f.name} {value}: must be one of {', '.join(rule['choices'])}")
+            if rule["low"] is not None and not rule["low"] <= value <= rule["high"]:
+                raise ValueError(f"{f.name} {value}: must be from {rule['low']} to {rule['high']}")
+        if self.d_model % (2 * self.n_heads):
+            raise ValueError(f"n_heads {self.n_heads}: d_model, {self.d_model}, must be a multiple of 2 x heads")
+        if self.lag > 1 and self.task != "proximity":
+            raise ValueError(f"lag {self.lag}: only proximity has a lag")
+        if self.text is not None and self.task != "text":
+            raise ValueError(f"text {self.text}: goes with --task text")
+        if max(self.n_train, self.n_test) * self.seq_len > 10**9:
+            raise ValueError(f"n_train {self.n_train}: times seq_len is more than 10^9 tokens")
+        if self.batch_size * self.seq_len > 2**23:
+            raise ValueError(f"batch_size {self.batch_size}: times seq_len is more than 2^23 tokens")
+        if self.n_layers * self.d_model * (4 * self.d_model + 2 * self.d_ff) > 10**9:
+            raise ValueError(f"n_layers {self.n_layers}: with these widths, more than 10^9 weights")
+
+
+# A task may bring its own recipe: what differs from the defaults above. Both arms share it.
+RECIPES = {
+    "text": dict(n_train=20_000, n_test=5_000, vocab_size=41, lr=0.01, pretrain_steps=1200,
+                 finetune_steps=400),
+    "texture": dict(signal=0.6, pretrain_steps=300, finetune_steps=200),
+    "bag": dict(signal=0.2),
+}
+
+
+def recipe(task, **changes):
+    """Config of `task`: the defaults, then the task's own recipe, then `changes`."""
+    return Config(**{"task": task, **RECIPES.get(task, {}), **changes})
+
+
+# ---------------------------------------------------------------------------------------------
+# Positions. Attention by itself sees a bag of tokens; these are the ways to tell it the order.
+# The first gives *absolute* positions and leaves it to the query-key maps to make proximity out
+# of them, which is what labels fail to teach. The others put proximity in by hand.
+# ---------------------------------------------------------------------------------------------
+def sinusoidal_positions(seq_len, d_model):
+    """PE[t, 2i] = sin(t / 10000^(2i/C)), PE[t, 2i+1] = cos(same)   (Vaswani et al. 2017, sec. 3.5)
+
+    Returns (T, C) float32, d_model even. The inner product of rows s and t depends on s - t alone.
+    """
+    position = torch.arange(seq_len)[:, None]                                     # (T, 1)
+    frequency = 10000.0 ** (-torch.arange(0, d_model, 2) / d_model)               # (C/2,)
+    angle = position * frequency                                                  # (T, C/2)
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)             # (T, C)
+
+
+def rotate(x):
+    """Rotary positions: turn pair i of token t by the angle t / 10000^(2i/D)   (Su et al. 2021, sec. 3.2)
+
+    x (..., T, D) with D even -> the same shape. Rotated queries and keys have inner products that
+    depend on positions only through their difference: proximity comes with the encoding.
+    """
+    T, D = x.shape[-2:]
+    position = torch.arange(T, dtype=x.dtype, device=x.device)[:, None]           # (T, 1)
+    pair = torch.arange(0, D, 2, dtype=x.dtype, device=x.device)                  # (D/2,)
+    angle = position * 10000.0 ** (-pair / D)                                     # (T, D/2)
+    a, b = x[..., 0::2], x[..., 1::2]                                             # (..., T, D/2) each
+    turned = a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()
+    return torch.stack(turned, dim=-1).flatten(-2)                                # (..., T, D)
+
+
+def distance_bias(n_heads, seq_len, one_sided=True):
+    """Scores' bias -slope * |i - j|, a penalty per step away (ALiBi, Press et al. 2022, sec. 3)
+
+    Returns (H, T, T) float32, to be added to the scores. ALiBi looks left only; here even heads
+    look left and odd heads right (-inf on the other side). The slopes are 1, 1, 1/2, 1/2, ...
+    With `one_sided=False` every head sees both sides alike, a function of |i - j|.
+    """
+    offset = torch.arange(seq_len) - torch.arange(seq_len)[:, None]               # (T, T), j - i
+    head = torch.arange(n_heads)[:, None, None]                                   # (H, 1, 1)
+    bias = -(0.5 ** (head // 2)) * offset.abs()                                   # (H, T, T)
+    if one_sided:
+        wrong_side = torch.where(head % 2 == 0, offset > 0, offset < 0)           # (H, T, T)
+        bias = bias.masked_fill(wrong_side, -math.inf)                            # (H, T, T)
+    return bias
+
+
+# ---------------------------------------------------------------------------------------------
+# The model: one pre-norm Transformer encoder with two heads, one that fills in masked tokens
+# and one that classifies. Linear maps inside it have no bias: it bought nothing and costs time.
+# ---------------------------------------------------------------------------------------------
+class Attention(nn.Module):
+    """Multi-head self-attention, softmax(q kᵀ / √D + bias) v   (Vaswani et al. 2017, sec. 3.2)
+
+    x (B, T, C) -> (B, T, C); with `return_weights=True` also the attention weights (B, H, T, T),
+    by the formula as it reads. Otherwise PyTorch's fused kernel computes the same numbers without
+    ever keeping a T x T tensor. `query_key` decides where to look, `value` and `out` what to bring.
+    """
+
+    def __init__(self, d_model, n_heads, rotary=False, bias=None):
+        super().__init__()
+        self.n_heads, self.rotary = n_heads, rotary
+        self.query_key = nn.Linear(d_model, 2 * d_model, bias=False)
+        self.value = nn.Linear(d_model, d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.register_buffer("bias", bias, persistent=False)                      # (H, T, T) or None
+
+    def forward(self, x, return_weights=False):
+        q, k = self.query_key(x).chunk(2, dim=-1)                                 # (B, T, C) each
+        q, k, v = (t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)            # (B, H, T, D) each
+                   for t in (q, k, self.value(x)))
+        if self.rotary:
+            q, k = rotate(q), rotate(k)                                           # (B, H, T, D) each
+        if return_weights:
+            scores = q @ k.mT / math.sqrt(q.shape[-1])                            # (B, H, T, T)
+            scores = scores if self.bias is None else scores + self.bias          # (B, H, T, T)
+            weights = scores.softmax(dim=-1)                                      # (B, H, T, T)
+            return self.out((weights @ v).transpose(1, 2).flatten(2)), weights    # (B, T, C), ...
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)          # (B, H, T, D)
+        return self.out(y.transpose(1, 2).flatten(2))                             # (B, T, C)
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, attention, d_model, d_ff):
+        super().__init__()
+        self.attention = attention
+        self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        # ReLU as in Vaswani et al.: GELU reaches the same accuracies, and its erf costs 4 % of a step.
+        self.mlp = nn.Sequential(nn.Linear(d_model, d_ff, bias=False), nn.ReLU(),
+                                 nn.Linear(d_ff, d_model, bias=False))
+
+    def forward(self, x):
+        x = x + self.attention(self.norm1(x))                                     # (B, T, C)
+        return x + self.mlp(self.norm2(x))                                        # (B, T, C)
+
+
+class Transformer(nn.Module):
+    """Encoder with a reconstruction head and a classification head; no causal mask, no dropout.
+
+    tokens (B, T) int64 in [0, V], where V is the mask symbol:
+        model(tokens)             -> (B, T, C)  features
+        model.reconstruct(tokens) -> (B, T, V)  logits of the symbol that stands at each place
+        model.classify(tokens)    -> (B, K)     logits of the class, from the mean over places
+    """
+
+    def __init__(self, config, n_classes=2):
+        super().__init__()
+        T, V, C, H = config.seq_len, config.vocab_size, config.d_model, config.n_heads
+        self.token_embedding = nn.Embedding(V + 1, C)
+        # At std 1 (PyTorch's default) tokens drown the positions, whose entries are of size 0.7,
+        # and the scores take twice as many steps to turn positions into proximity.
+        nn.init.normal_(self.token_embedding.weight, std=0.5)
+        if config.positions == "learned":
+            self.positions = nn.Parameter(0.7 * torch.randn(T, C))                # (T, C)
+        else:
+            fixed = sinusoidal_positions(T, C) if config.positions == "sinusoidal" else None
+            self.register_buffer("positions", fixed, persistent=False)            # (T, C) or None
+        bias = None
+        if config.positions in ("distance", "symmetric"):
+            bias = distance_bias(H, T, one_sided=config.positions == "distance")  # (H, T, T)
+        self.blocks = nn.ModuleList(
+            Block(Attention(C, H, rotary=config.positions == "rotary", bias=bias), C, config.d_ff)
+            for _ in range(config.n_layers))
+        self.norm = nn.LayerNorm(C)
+        self.reconstruction_head = nn.Linear(C, V)
+        self.class_head = nn.Linear(C, n_classes)
+
+    def embed(self, tokens):
+        x = self.token_embedding(tokens)                                          # (B, T, C)
+        return x if self.positions is None else x + self.positions                # (B, T, C)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)                                                    # (B, T, C)
+        for block in self.blocks:
+            x = block(x)                                                          # (B, T, C)
+        return self.norm(x)                                                       # (B, T, C)
+
+    def reconstruct(self, tokens):
+        return self.reconstruction_head(self(tokens))                             # (B, T, V)
+
+    def classify(self, tokens):
+        return self.class_head(self(tokens).mean(dim=1))                          # (B, K)
+
+
+def new_model(config, n_classes=2):
+    """A Transformer at its random start. The weights depend on the config's seed and on nothing else."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return Transformer(config, n_classes).to(config.device)
+
+
+# ---------------------------------------------------------------------------------------------
+# Training. Pretraining and fine-tuning are the same loop around two losses: one asks for the
+# tokens that were hidden, the other for the label. Neither sees the test sequences.
+# ---------------------------------------------------------------------------------------------
+def mask_tokens(tokens, mask_id, mask_ratio, generator=None):
+    """Hide each token with probability `mask_ratio`, independently of the others.
+
+    tokens (B, T) int64 -> corrupted (B, T), where hidden tokens are replaced by `mask_id`, and
+    is_masked (B, T) bool, True where a token was hidden and is to be predicted. `generator` is a
+    CPU torch.Generator. Unlike BERT, a hidden token is always replaced by the mask symbol.
+    """
+    is_masked = (torch.rand(tokens.shape, generator=generator) < mask_ratio).to(tokens.device)  # (B, T)
+    return tokens.masked_fill(is_masked, mask_id), is_masked
+
+
+def masked_loss(model, tokens, corrupted, is_masked):
+    """Mean cross-entropy in nats of the hidden tokens, and of no others; 0 if none is hidden."""
+    features = model(corrupted)[is_masked]                                        # (N, C), N hidden
+    logits = model.reconstruction_head(features)                                  # (N, V)
+    return F.cross_entropy(logits, tokens[is_masked], reduction="sum") / max(len(logits), 1)
+
+
+class AdamW:
+    """Adam with decoupled weight decay   (Loshchilov & Hutter 2019, algorithm 2)
+
+    The same numbers as torch.optim.AdamW, whose first use imports PyTorch's compiler: 1.5 s that a
+    run of a few seconds need not spend. beta_1 is 0.8, not 0.9: with less momentum the weights leave
+    the plateau before the neighbours are found in fewer steps.
+    """
+
+    def __init__(self, weights, betas=(0.8, 0.99), eps=1e-8, weight_decay=0.01):
+        self.weights, self.betas, self.eps, self.weight_decay = list(weights), betas, eps, weight_decay
+        self.means = [torch.zeros_like(w) for w in self.weights]                  # of the gradient
+        self.squares = [torch.zeros_like(w) for w in self.weights]                # of its square
+        self.n_steps = 0
+
+    @torch.no_grad()
+    def step(self, lr):
+        """One step down the gradients, which are then cleared. A weight without one is left alone."""
+        self.n_steps += 1
+        unbias1, unbias2 = (1 - beta ** self.n_steps for beta in self.betas)
+        for w, mean, square in zip(self.weights, self.means, self.squares):
+            if w.grad is not None:
+                mean.lerp_(w.grad, 1 - self.betas[0])
+                square.lerp_(w.grad.square(), 1 - self.betas[1])
+                w.mul_(1 - lr * self.weight_decay)
+                w.addcdiv_(mean, (square / unbias2).sqrt_().add_(self.eps), value=-lr / unbias1)
+                w.grad = None
+
+
+def optimize(model, batch_loss, n_sequences, n_steps, config, phase, on_step=None):
+    """The loop that both phases share: AdamW, 10 % linear warm-up, then cosine decay to a tenth.
+
+    `batch_loss(rows)` gives the loss of the sequences `rows` (B,). Returns the loss of every step.
+    Raises FloatingPointError when the loss is no longer a finite number.
+    """
+    optimizer = AdamW(weight for weight in model.parameters() if weight.requires_grad)
+    generator = torch.Generator().manual_seed(config.seed + 2**32)                # batches only
+    losses = []
+    bar = tqdm(range(n_steps), desc=phase, unit=" steps", disable=None)           # silent off a terminal
+    for step in bar:
+        warm_up = min(1.0, (step + 1) / (0.1 * n_steps))
+        decay = 0.55 + 0.45 * math.cos(math.pi * max(0.0, step / n_steps - 0.1) / 0.9)
+        rows = torch.randint(n_sequences, (config.batch_size,), generator=generator)  # (B,)
+        loss = batch_loss(rows.to(config.device))                                 # ()
+        loss.backward()
+        optimizer.step(config.lr * warm_up * decay)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(f"lr {config.lr}: the loss of {phase} is {losses[-1]} at step {step + 1}")
+        bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
+        if on_step:
+            on_step(step + 1)
+    return losses
+
+
+def pretrain(model, tokens, config):
+    """Masked reconstruction of tokens (n, T) for `config.pretrain_steps`; returns all losses, in nats.
+
+    The loss starts near ln V, lingers there, and falls once attention has found the neighbours.
+    """
+    generator = torch.Generator().manual_seed(config.seed + 2**33)                # masks only
+
+    def batch_loss(rows):
+        batch = tokens[rows]                                                      # (B, T)
+        return masked_loss(model, batch, *mask_tokens(batch, config.vocab_size, config.mask_ratio, generator))
+    return optimize(model, batch_loss, len(tokens), config.pretrain_steps, config, "pretraining")
+
+
+def finetune(model, tokens, labels, config, on_step=None):
+    """Train on tokens (n, T) and labels (n,) for `config.finetune_steps`; returns all losses, in nats.
+
+    Nothing is masked now. Label training alone is this same function, given all the steps.
+    `on_step(step)` is called after every step.
+    """
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(not (config.freeze_qk and "query_key" in name))
+
+    def batch_loss(rows):
+        return F.cross_entropy(model.classify(tokens[rows]), labels[rows])
+    return optimize(model, batch_loss, len(tokens), config.finetune_steps, config, "fine-tuning", on_step)
+
+
+@torch.no_grad()
+def accuracy(model, tokens, labels, batch_size=256):
+    """Share of the sequences (n, T) whose most likely class is their label (n,)."""
+    hits = sum((model.classify(x).argmax(dim=-1) == y).sum().item()
+               for x, y in zip(tokens.split(batch_size), labels.split(batch_size)))
+    return hits / len(labels)
+
+
+# ---------------------------------------------------------------------------------------------
+# Probes. What was learned, and where does it sit? Move only some of the weights into a fresh
+# model, and look at how far attention reaches.
+# ---------------------------------------------------------------------------------------------
+def transfer(source, target, which="all"):
+    """Copy the encoder of `source` into `target`: "all" of it, its query and key maps ("qk"), or "not-qk".
+
+    The classification head of `target` stays fresh in every case. Returns the names that were copied.
+    """
+    moved = {name: weight for name, weight in source.state_dict().items()
+             if not name.startswith("class_head")
+             and (which == "all" or ("query_key" in name) == (which == "qk"))}
+    target.load_state_dict(moved, strict=False)
+    return list(moved)
+
+
+@torch.no_grad()
+def attention_by_offset(model, tokens):
+    """Where attention goes, by offset key minus query: (L, H, 2T - 1), offset o at index T - 1 + o.
+
+    Entry o is the mean over sequences of (1/T) Σ_i A[i, i + o], so each row sums to 1. For
+    uniform attention it is (T - |o|) / T².
+    """
+    x, rows = model.embed(tokens), []                                             # (B, T, C)
+    T = tokens.shape[1]
+    for block in model.blocks:
+        _, weights = block.attention(block.norm1(x), return_weights=True)         # (B, H, T, T)
+        weights = weights.mean(dim=0)                                             # (H, T, T)
+        rows.append(torch.stack([weights.diagonal(o, dim1=-2, dim2=-1).sum(dim=-1) / T
+                                 for o in range(1 - T, T)], dim=-1))              # (H, 2T - 1)
+        x = block(x)                                                              # (B, T, C)
+    return torch.stack(rows)                                                      # (L, H, 2T - 1)
+
+
+# ---------------------------------------------------------------------------------------------
+# One run, start to end: data, model, training, measurements.
+# ---------------------------------------------------------------------------------------------
+def load_data(config):
+    """Train tokens (n, T), train labels (n,), test tokens and test labels of the task, int64 arrays."""
+    return make_task(config.task, n_train=config.n_train, n_test=config.n_test,
+                     seq_len=config.seq_len, vocab_size=config.vocab_size, signal=config.signal,
+                     lag=config.lag, path=config.text, seed=config.seed)
+
+
+def neighbour_offsets(config):
+    """The offsets, key minus query, of the tokens that tell the class together with the query's."""
+    steps = {"proximity": [config.lag], "texture": [1, math.isqrt(config.seq_len)]}
+    return [side * step for step in steps.get(config.task, [1]) for side in (-1, 1)]
+
+
+def run(config):
+    """Train one arm and measure it; returns plain numbers, ready for JSON.
+
+    `curve` is the accuracy on the first 256 test sequences, [[step, accuracy], ...], with the
+    steps of pretraining counted. `attention_by_offset` is the mean over heads and layers.
+    """
+    start = time.perf_counter()
+    torch.set_num_threads(config.threads)
+    data = load_data(config)
+    x, y, x_test, y_test = (torch.from_numpy(a).to(config.device) for a in data)  # (n, T), (n,), twice
+    if not config.spt:    # the same total of steps, all of them on labels
+        config = replace(config, finetune_steps=config.pretrain_steps + config.finetune_steps)
+    pretrain_steps = config.pretrain_steps if config.spt else 0
+    every = math.ceil((pretrain_steps + config.finetune_steps) / 20)                  # 20 looks at most
+    curve, attention, masked_losses = [], {}, [math.nan]
+
+    def follow(step):
+        if step % every == 0 or step == config.finetune_steps:
+            curve.append([pretrain_steps + step, accuracy(model, x_test[:256], y_test[:256])])
+
+    def look(stage, model):
+        sample = x_test[:max(1, 2**20 // config.seq_len**2)]                      # (B, T), B T² bounded
+        attention[stage] = attention_by_offset(model, sample).mean(dim=(0, 1)).tolist()  # 2T - 1
+
+    model = new_model(config)
+    look("start", model)
+    if config.spt:
+        pretrained = new_model(config)
+        masked_losses = pretrain(pretrained, x, config)
+        look("pretraining", pretrained)
+        transfer(pretrained, model, config.transfer)
+    finetune(model, x, y, config, follow)
+    look("fine-tuning" if config.spt else "label training", model)
+    middle, reach = config.seq_len - 1, min(config.seq_len - 1, 16)
+    neighbours = [middle + offset for offset in neighbour_offsets(config)]
+    return dict(
+        task=config.task, arm="spt" if config.spt else "labels", seed=config.seed, lr=config.lr,
+        train_accuracy=accuracy(model, x, y), test_accuracy=accuracy(model, x_test, y_test),
+        chance=y_test.bincount().max().item() / len(y_test), count_baseline=count_baseline(*data),
+        best_possible=best_possible_accuracy(config.task, *data[2:], vocab_size=config.vocab_size,
+                                             lag=config.lag),
+        pretrain_steps=pretrain_steps, finetune_steps=config.finetune_steps,
+        steps_to_95=next((step for step, reached in curve if reached >= 0.95), None),
+        n_parameters=sum(weight.numel() for weight in model.parameters()),
+        n_train=len(x), n_test=len(x_test), seconds=time.perf_counter() - start, curve=curve,
+        neighbour_attention={stage: sum(mass[i] for i in neighbours) for stage, mass in attention.items()},
+        attention_by_offset={stage: [[i - middle, mass[i]] for i in range(middle - reach, middle + reach + 1)]
+                             for stage, mass in attention.items()},
+        config=asdict(config))
+
+
+# ---------------------------------------------------------------------------------------------
+# Many runs: rows of a table. A row is a list of configs that differ in nothing but the seed, and,
+# for label training, in the learning rate, where it gets the best of several on the *test* set.
+# ---------------------------------------------------------------------------------------------
+LABEL_LRS = 1e-3, 3e-3, 1e-2    # and the recipe's own
+
+
+def run_all(tagged, jobs, json_path):
+    """Run every config of [(tags, config), ...], `jobs` at a time, each in a process of its own.
+
+    Returns the results in the order asked for; a run computes the same numbers in whichever process
+    it lands. A finished run goes to `json_path` at once, with its tags (a dict) beside the numbers.
+    """
+    results = [None] * len(tagged)
+    with ProcessPoolExecutor(min(jobs, len(tagged)), initializer=start_worker) as pool:
+        place = {pool.submit(run, config): i for i, (_, config) in enumerate(tagged)}
+        try:
+            for done in tqdm(as_completed(place), total=len(place), desc="runs", unit=" runs", disable=None):
+                i = place[done]
+                results[i] = done.result()
+                append_json(json_path, {**tagged[i][0], **results[i]})
+        except BaseException:    # one run failed, or Ctrl-C: end the others now
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            raise
+    return results
+
+
+def start_worker():
+    """Progress bars and Ctrl-C belong to the parent process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.stderr = open(os.devnull, "w")
+
+
+def append_json(path, record):
+    """Add one line to the file, whole or not at all; no path, no file."""
+    if path is None:
+        return
+    line = json.dumps(record).encode() + b"\n"
+    with open(path, "ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if file.write(line) < len(line):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, "the disk is full, this line was left out", path)
+
+
+# ---------------------------------------------------------------------------------------------
+# What a person sees, in 80 columns.
+# ---------------------------------------------------------------------------------------------
+def say(text):
+    """Print; where the terminal has no Unicode, bars become digits from 1 to 8."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        text = text.translate(str.maketrans("▁▂▃▄▅▆▇█±", "12345678~"))
+    print(text, flush=True)
+
+
+def bars(values, top):
+    """Numbers from 0 to `top` as a row of bars."""
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * value / top))] for value in values)
+
+
+def mean_curve(curves):
+    """Mean of the second column over runs: [[[x, y], ...], ...] -> the x, the mean y."""
+    return [x for x, _ in curves[0]], [statistics.mean(y) for y in zip(*([y for _, y in curve] for curve in curves))]
+
+
+def show_attention(results):
+    """Attention mass by offset, a row of bars per stage of training, averaged over the runs."""
+    rows = {}
+    for stage in ("start", "label training", "pretraining", "fine-tuning"):
+        seen = [result for result in results if stage in result["attention_by_offset"]]
+        if seen:
+            offsets, mass = mean_curve([result["attention_by_offset"][stage] for result in seen])
+            rows[stage] = mass, statistics.mean(result["neighbour_attention"][stage] for result in seen)
+    top, half = max(max(mass) for mass, _ in rows.values()), len(offsets) // 2
+    say(f"  {'attention by offset':<20}{offsets[0]:<+{half}}0{offsets[-1]:>+{half}}  on the neighbours")
+    for stage, (mass, near) in rows.items():
+        say(f"  {stage:<20}{bars(mass, top)}  {near:.3f}")
+
+
+def yardsticks(result):
+    """What the accuracies are to be compared with."""
+    best = result["best_possible"]
+    return (f"chance {result['chance']:.3f}, counting tokens {result['count_baseline']:.3f}, "
+            f"best possible {'not known' if best is None else f'{best:.3f}'}")
+
+
+def single(config, argv):
+    """Train one arm and say what came out."""
+    result = run(config)
+    append_json(config.json, result)
+    say(f"{config.task}: {result['n_train']:,} training sequences of {config.seq_len} tokens, "
+        f"{result['n_parameters']:,} weights, seed {config.seed}")
+    before = f"{result['pretrain_steps']:,} steps on masked tokens, then " if config.spt else ""
+    say(f"trained for {before}{result['finetune_steps']:,} steps on labels, in {result['seconds']:.1f} s")
+    show_attention([result])
+    other = [flag for flag in argv if flag != "--spt"] if config.spt else [*argv, "--spt"]
+    say(f"the other arm: {shlex.join(['python', 'spt.py', *other])}")
+    say(yardsticks(result))
+    say(f"train accuracy {result['train_accuracy']:.3f}")
+    say(f"test accuracy  {result['test_accuracy']:.3f}")
+
+
+def spread(values):
+    """Mean ± standard deviation over runs."""
+    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def row_of(name, results):
+    """A line of the table: accuracies, the steps until 95 % of the test sequences were right, attention."""
+    reached = [r["steps_to_95"] for r in results if r["steps_to_95"]]
+    steps = f"{statistics.mean(reached):,.0f}" if reached else \
+        f"not in {results[0]['pretrain_steps'] + results[0]['finetune_steps']:,}"
+    if 0 < len(reached) < len(results):
+        steps += f" ({len(reached)} of {len(results)})"
+    near = statistics.mean(list(r["neighbour_attention"].values())[-1] for r in results)
+    return (f"{name:<26}{spread([r['train_accuracy'] for r in results]):<15}"
+            f"{spread([r['test_accuracy'] for r in results]):<15}{steps:<16}{near:.3f}")
+
+
+HEADER = f"{'':<26}{'train accuracy':<15}{'test accuracy':<15}{'95 % at step':<16}near"
+
+
+def test_mean(results):
+    return statistics.mean(r["test_accuracy"] for r in results)
+
+
+def compare(config):
+    """Both arms over several seeds, side by side; the label-only arm is tuned in its favour."""
+    arms = {f"labels only, lr {lr:g}": replace(config, spt=False, lr=lr)
+            for lr in sorted({*LABEL_LRS, config.lr})}
+    arms[f"SPT, lr {config.lr:g}"] = replace(config, spt=True)
+    results = run_all([({}, replace(arm, seed=config.seed + i)) for arm in arms.values()
+                       for i in range(config.seeds)], config.jobs, config.json)
+    groups = dict(zip(arms, (results[i:i + config.seeds] for i in range(0, len(results), config.seeds))))
+    *label_names, spt_name = groups
+    best_name = max(label_names, key=lambda name: test_mean(groups[name]))
+    first = results[0]
+    say(f"{config.task}: {first['n_train']:,} training sequences, {first['finetune_steps']:,} steps "
+        f"in either arm, {config.seeds} seeds")
+    say(f"{yardsticks(first)}\n{HEADER}")
+    for name, group in groups.items():
+        say(row_of(name, group))
+    gap = test_mean(groups[spt_name]) - test_mean(groups[best_name])
+    seconds = statistics.mean(r["seconds"] for r in results)
+    say(f"the gap in test accuracy: {gap:.3f}    seconds for one run: {seconds:.1f}\n")
+    for name in (best_name, spt_name):
+        steps, heights = mean_curve([r["curve"] for r in groups[name]])
+        say(f"  {name:<26}{'':<{20 - len(steps)}}{bars(heights, 1)}  test accuracy, steps {steps[0]:,} to {steps[-1]:,}")
+    show_attention(groups[best_name] + groups[spt_name])
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line.
+# ---------------------------------------------------------------------------------------------
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is an exception, not a page of usage."""
+
+    def error(self, message):
+        raise ValueError(message)
+
+
+def parse(argv):
+    """The Config that the flags `argv` ask for. Raises ValueError for flags that make no sense."""
+    parser = Parser(prog="spt.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS)
+    for f in fields(Config):
+        flag, about = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        if f.type is bool:
+            parser.add_argument(flag, action="store_true", help=about)
+        else:
+            own = "".join(f", {task} {changes[f.name]}" for task, changes in RECIPES.items() if f.name in changes)
+            parser.add_argument(flag, type=f.type, help=f"{about} (default {f.default}{own})",
+                                metavar="|".join(f.metadata["choices"] or [f.type.__name__]))
+    given = vars(parser.parse_args(argv))
+    return recipe(given.pop("task", Config.task), **given)
+
+
+def check(config):
+    """Find what is wrong with device, data and files before any training; raises ValueError or OSError."""
+    try:
+        torch.zeros(1, device=config.device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device {config.device}: not on this machine") from None
+    load_data(config)
+    if config.json is not None:
+        open(config.json, "ab").close()
+
+
+def explain(error):
+    """One line for a person: the flag or file, what was wrong, what is allowed."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'a file'}: {error.strerror}"
+    name, _, rest = str(error).partition(" ")
+    flag = "--" + name.replace("_", "-") if name in Config.__dataclass_fields__ else name
+    return " ".join(f"{flag} {rest}".split())
+
+
+def main(argv=None):
+    """Run the command line `argv`; returns the exit status: 0, 2 for bad input, 130 for Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        config = parse(argv)
+        check(config)
+        if config.compare:
+            compare(config)
+        else:
+            single(config, argv)
+    except (ValueError, OSError, FloatingPointError, MemoryError, BrokenExecutor) as error:
+        print(f"spt.py: error: {explain(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

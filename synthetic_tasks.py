@@ -1,0 +1,195 @@
+"""Sequence-classification tasks whose label lives in who stands next to whom (NumPy only).
+
+    proximity  a walk on a circle of symbols: does it step up or down?
+    text       English, half of it printed backwards: which way does it run?
+    texture    a square image, flattened: is it correlated along rows or along columns?
+    bag        the control: the label is in the token counts, and order means nothing
+
+Every generator returns `tokens` (n, T) int64 in [0, V) and `labels` (n,) int64 with balanced classes.
+Letters in shape comments: n sequences, T tokens in each, V symbols.
+
+    >>> tokens, labels = proximity(n=4, seq_len=8, vocab_size=8, signal=0.5, lag=1, seed=0)
+    >>> tokens.shape, sorted(labels.tolist())
+    ((4, 8), [0, 0, 1, 1])
+"""
+from math import isqrt
+from pathlib import Path
+
+import numpy as np
+
+TASKS = ("proximity", "text", "texture", "bag")
+
+
+# ---------------------------------------------------------------------------------------------
+# The tasks. Each is its own complete recipe, so that any one of them can be copied alone.
+# ---------------------------------------------------------------------------------------------
+def proximity(*, n, seq_len, vocab_size, signal=0.5, lag=1, seed=0):
+    """The arrow of time: each token is the one `lag` places before it, one symbol up or down.
+
+    x_t = x_{t-lag} + s (mod V) with probability `signal`, else uniform on V symbols; s = +1 in
+    class 1, s = -1 in class 0. Three exact properties make it the headline task:
+      * token counts say nothing: every token is uniform, in both classes;
+      * reversal swaps the classes: read backwards, class 1 has exactly the law of class 0, so a
+        classifier that ignores order, or knows only distances |i - j|, is right half the time;
+      * the best possible classifier is known: it counts steps up minus steps down.
+
+    Returns tokens (n, T) and labels (n,), int64. `seed`: anything np.random.default_rng takes.
+    Raises ValueError where vocab_size < 3 (then +1 = -1) or `lag` is not in 1 ... seq_len - 1.
+    """
+    if vocab_size < 3:
+        raise ValueError(f"vocab_size {vocab_size}: proximity needs 3 symbols or more, "
+                         "with fewer a step up is a step down")
+    if not 1 <= lag < seq_len:
+        raise ValueError(f"lag {lag}: must be from 1 to {seq_len - 1}, below the sequence length")
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(n) % 2                                   # (n,), balanced classes
+    tokens = rng.integers(vocab_size, size=(n, seq_len))              # (n, T), the uniform part
+    follows = rng.random((n, seq_len)) < signal                       # (n, T)
+    for t in range(lag, seq_len):
+        stepped = (tokens[:, t - lag] + 2 * labels - 1) % vocab_size  # (n,)
+        tokens[:, t] = np.where(follows[:, t], stepped, tokens[:, t])
+    return tokens, labels
+
+
+def texture(*, n, seq_len, vocab_size, signal=0.6, seed=0):
+    """Proximity in two dimensions: a side x side image, T = side², flattened row by row.
+
+    Each pixel copies its left neighbour (class 0) or its upper neighbour (class 1) with
+    probability `signal`, else it is uniform. In the flat sequence the neighbours stand at
+    offsets 1 and `side`, as they do when a model reads an image pixel by pixel.
+
+    Returns tokens (n, T) and labels (n,), int64.
+    Raises ValueError where seq_len is no square.
+    """
+    side = isqrt(seq_len)
+    if side * side != seq_len:
+        raise ValueError(f"seq_len {seq_len}: texture needs a square number of tokens, such as 64")
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(n) % 2                                   # (n,), balanced classes
+    image = rng.integers(vocab_size, size=(n, side, side))            # (n, side, side)
+    follows = rng.random((n, side, side)) < signal                    # (n, side, side)
+    # Build every image row by row, then turn class 0 on its side.
+    for row in range(1, side):
+        image[:, row] = np.where(follows[:, row], image[:, row - 1], image[:, row])
+    image = np.where(labels[:, None, None] == 1, image, image.swapaxes(1, 2))
+    return image.reshape(n, seq_len), labels
+
+
+def bag(*, n, seq_len, vocab_size, signal=0.2, seed=0):
+    """The control: class 1 prefers the upper half of the symbols, class 0 the lower half.
+
+    A token is drawn from its class's preferred half with probability `signal`, else from all
+    symbols, each token on its own: order carries nothing, so attention has nothing to find.
+
+    Returns tokens (n, T) and labels (n,), int64.
+    Raises ValueError where vocab_size is odd: the halves must be equal.
+    """
+    if vocab_size < 2 or vocab_size % 2:
+        raise ValueError(f"vocab_size {vocab_size}: bag needs an even number of symbols")
+    rng = np.random.default_rng(seed)
+    half = vocab_size // 2
+    labels = rng.permutation(n) % 2                                   # (n,), balanced classes
+    anywhere = rng.integers(vocab_size, size=(n, seq_len))            # (n, T)
+    preferred = rng.integers(half, size=(n, seq_len)) + half * labels[:, None]  # (n, T)
+    return np.where(rng.random((n, seq_len)) < signal, preferred, anywhere), labels
+
+
+def text(*, n_train, n_test, seq_len, vocab_size, path=None, seed=0):
+    """Real English, half of the windows printed backwards: label 1 reads forwards, 0 backwards.
+
+    The text is the UTF-8 file `path`; by default Python's own manual (`pydoc_data.topics`, which
+    ships with CPython and differs a little between versions). Lower-cased, white space folded to
+    single spaces. Its last fifth is the test part; windows of `seq_len` characters never overlap,
+    so none is in both parts. The `vocab_size - 1` most frequent characters of the training part
+    are symbols of their own, all others share the last one. Reversal keeps every character
+    count, so here, too, only order tells.
+
+    Returns train tokens (n, T), train labels (n,), test tokens and test labels, int64; n is
+    `n_train` and `n_test` or as many windows as the text holds, if those are fewer.
+    Raises OSError for a file that cannot be read, ValueError for one that is not UTF-8 text or
+    gives fewer than 10 windows to a part.
+    """
+    if path is None:
+        from pydoc_data.topics import topics
+        raw = " ".join(topics[name] for name in sorted(topics))
+    else:
+        try:
+            raw = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"text {path}: not UTF-8 text") from None
+    raw = " ".join(raw.lower().split())
+    cut = len(raw) * 4 // 5
+    if len(raw) - cut < 10 * seq_len:
+        raise ValueError(f"text {path or 'of the manual'}: {len(raw)} characters are too few, "
+                         f"windows of {seq_len} need {50 * seq_len} or more")
+    points = np.frombuffer(raw.encode("utf-32-le"), np.uint32)        # one number a character
+    characters, counts = np.unique(points[:cut], return_counts=True)
+    frequent = characters[np.argsort(-counts, kind="stable")][:vocab_size - 1]
+    symbol = np.full(0x110000, vocab_size - 1)                        # code point -> symbol
+    symbol[frequent] = np.arange(len(frequent))
+    parts = []
+    for stream, (part, n) in enumerate(((points[:cut], n_train), (points[cut:], n_test))):
+        rng = np.random.default_rng([seed, stream])
+        windows = symbol[part[:len(part) // seq_len * seq_len]].reshape(-1, seq_len)  # (all, T)
+        windows = windows[rng.permutation(len(windows))[:n]]          # (n, T)
+        labels = rng.permutation(len(windows)) % 2                    # (n,), balanced classes
+        parts += [np.where(labels[:, None] == 1, windows, windows[:, ::-1]), labels]
+    return tuple(parts)
+
+
+def make_task(name, *, n_train, n_test, seq_len, vocab_size, signal=0.5, lag=1, path=None, seed=0):
+    """Training and test part of the task `name`, drawn from separate random streams.
+
+    `signal` and `lag` are for the tasks that have them, `path` is the file of `text`.
+    Returns (train_tokens, train_labels, test_tokens, test_labels), int64, (n, T) and (n,).
+    Raises ValueError for an unknown name, and what the task itself raises.
+    """
+    if name not in TASKS:
+        raise ValueError(f"task {name}: must be one of {', '.join(TASKS)}")
+    if name == "text":
+        return text(n_train=n_train, n_test=n_test, seq_len=seq_len, vocab_size=vocab_size,
+                    path=path, seed=seed)
+    draw = {"proximity": proximity, "texture": texture, "bag": bag}[name]
+    sizes = dict(seq_len=seq_len, vocab_size=vocab_size, signal=signal)
+    if name == "proximity":
+        sizes["lag"] = lag
+    return (*draw(n=n_train, seed=[seed, 0], **sizes), *draw(n=n_test, seed=[seed, 1], **sizes))
+
+
+# ---------------------------------------------------------------------------------------------
+# Two yardsticks: what the best classifier of all would score, and what counting alone scores.
+# ---------------------------------------------------------------------------------------------
+def best_possible_accuracy(name, tokens, labels, *, vocab_size, lag=1):
+    """Accuracy of the Bayes-optimal classifier on these sequences; None where it is not known.
+
+    With two classes that are equally likely it is the sign of the log-likelihood ratio, which is
+    a positive constant (it depends on `signal`) times a difference of counts. A tie counts half.
+    """
+    if name == "proximity":    # steps up minus steps down
+        step = (tokens[:, lag:] - tokens[:, :-lag]) % vocab_size       # (n, T - lag)
+        evidence = (step == 1).sum(1) - (step == vocab_size - 1).sum(1)  # (n,)
+    elif name == "texture":    # pixels like their upper neighbour minus those like their left one
+        side = isqrt(tokens.shape[1])
+        image = tokens.reshape(-1, side, side)                         # (n, side, side)
+        evidence = ((image[:, 1:] == image[:, :-1]).sum((1, 2))
+                    - (image[:, :, 1:] == image[:, :, :-1]).sum((1, 2)))  # (n,)
+    elif name == "bag":        # symbols of the upper half minus those of the lower half
+        evidence = np.where(tokens >= vocab_size // 2, 1, -1).sum(1)   # (n,)
+    else:
+        return None
+    return float(np.where(evidence == 0, 0.5, (evidence > 0) == labels).mean())
+
+
+def count_baseline(train_tokens, train_labels, test_tokens, test_labels):
+    """Test accuracy of naive Bayes on token counts: what can be had without looking at order.
+
+    Multinomial naive Bayes with add-one smoothing, (n, T) tokens and (n,) labels from 0 up.
+    """
+    n_symbols = max(train_tokens.max(), test_tokens.max()) + 1        # V
+    scores = []
+    for k in range(train_labels.max() + 1):
+        in_class = train_labels == k
+        counts = np.bincount(train_tokens[in_class].ravel(), minlength=n_symbols) + 1  # (V,)
+        log_prior = np.log(max(in_class.mean(), 1e-9))
+        scores.append(log_prior + np.log(counts / counts.sum())[test_tokens].sum(1))  # (n,)
+    return float((np.argmax(scores, axis=0) == test_labels).mean())

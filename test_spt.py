@@ -1,0 +1,443 @@
+"""Behaviour of spt.py and synthetic_tasks.py: oracles written another way, properties, exact symmetries,
+and the gap itself.
+
+    python -m pytest -q
+"""
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import spt
+import synthetic_tasks as tasks
+
+torch.set_num_threads(1)    # tiny products only wait for a second thread
+HERE = Path(__file__).parent
+SMALL = spt.Config(n_train=64, n_test=32, seq_len=9, vocab_size=5, pretrain_steps=6, finetune_steps=4, batch_size=8)
+
+
+def tokens_like(config, n=4, seed=0):
+    """Random tokens (n, T), the mask symbol among them."""
+    return torch.randint(config.vocab_size + 1, (n, config.seq_len), generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------------------------------------
+# Tasks
+# ---------------------------------------------------------------------------------------------
+def likelihood(name, x, label, V, signal, lag=1):
+    """P(x | label) by the words of the task's docstring, one token at a time."""
+    p, side = 1.0, math.isqrt(len(x))
+    for t, symbol in enumerate(x):
+        if name == "bag":
+            expected = [s for s in range(V) if (s >= V // 2) == (label == 1)]
+        elif name == "proximity":
+            expected = [(x[t - lag] + (1 if label else -1)) % V] if t >= lag else range(V)
+        else:
+            row, column = divmod(t, side)
+            neighbour = (x[t - side] if row else None) if label else (x[t - 1] if column else None)
+            expected = range(V) if neighbour is None else [neighbour]
+        p *= signal * (symbol in expected) / len(expected) + (1 - signal) / V
+    return p
+
+
+@pytest.mark.parametrize("name, sizes", [
+    ("proximity", dict(seq_len=4, vocab_size=3, lag=1)), ("proximity", dict(seq_len=4, vocab_size=4, lag=2)),
+    ("texture", dict(seq_len=4, vocab_size=3)), ("bag", dict(seq_len=3, vocab_size=4))])
+def test_sequences_follow_the_law_of_their_class(name, sizes):
+    n, signal = 40_000, 0.45
+    tokens, labels = getattr(tasks, name)(n=n, signal=signal, seed=3, **sizes)
+    assert tokens.dtype == labels.dtype == np.int64 and labels.sum() == n // 2
+    T, V = sizes["seq_len"], sizes["vocab_size"]
+    for label in (0, 1):
+        seen = Counter(map(tuple, tokens[labels == label].tolist()))
+        laws = {x: likelihood(name, x, label, V, signal, sizes.get("lag", 1))
+                for x in itertools.product(range(V), repeat=T)}
+        assert sum(laws.values()) == pytest.approx(1)
+        chi_square = sum((seen[x] - n / 2 * p) ** 2 / (n / 2 * p) for x, p in laws.items())
+        freedom = len(laws) - 1
+        assert abs(chi_square - freedom) < 5 * math.sqrt(2 * freedom)
+
+
+def test_proximity_reversal_swaps_the_classes_and_counts_say_nothing():
+    V, signal = 5, 0.5
+    for x in itertools.product(range(V), repeat=4):
+        assert likelihood("proximity", x, 1, V, signal) == pytest.approx(likelihood("proximity", x[::-1], 0, V, signal))
+    tokens, labels = tasks.proximity(n=20_000, seq_len=16, vocab_size=8, signal=0.5, lag=1, seed=0)
+    for label in (0, 1):
+        shares = np.bincount(tokens[labels == label].ravel(), minlength=8) / tokens[labels == label].size
+        assert np.abs(shares - 1 / 8).max() < 0.005
+    assert abs(tasks.count_baseline(tokens[::2], labels[::2], tokens[1::2], labels[1::2]) - 0.5) < 0.02
+
+
+@pytest.mark.parametrize("name, sizes", [
+    ("proximity", dict(seq_len=9, vocab_size=4, lag=1)), ("proximity", dict(seq_len=9, vocab_size=3, lag=3)),
+    ("texture", dict(seq_len=16, vocab_size=3)), ("bag", dict(seq_len=8, vocab_size=6))])
+def test_best_possible_accuracy_is_that_of_the_likelihood_ratio(name, sizes):
+    signal, lag = 0.3, sizes.get("lag", 1)
+    tokens, labels = getattr(tasks, name)(n=300, signal=signal, seed=1, **sizes)
+    right = 0.0
+    for x, label in zip(tokens.tolist(), labels):
+        up, down = (likelihood(name, x, k, sizes["vocab_size"], signal, lag) for k in (1, 0))
+        right += 0.5 if math.isclose(up, down) else float((up > down) == label)
+    best = tasks.best_possible_accuracy(name, tokens, labels, vocab_size=sizes["vocab_size"], lag=lag)
+    assert best == pytest.approx(right / 300) and 0.6 < best < 1
+
+
+def test_text_windows_come_from_their_own_part_half_of_them_backwards(tmp_path):
+    words = "".join(chr(97 + i * i % 23) + " " * (i % 7 == 0) for i in range(6000))
+    (tmp_path / "t.txt").write_text(words.upper(), encoding="utf-8")
+    x, y, x_test, y_test = tasks.text(n_train=200, n_test=50, seq_len=16, vocab_size=26,
+                                      path=tmp_path / "t.txt", seed=0)
+    folded = " ".join(words.split())
+    cut = len(folded) * 4 // 5
+    assert x.shape == (200, 16) and x_test.shape == (50, 16) and y.sum() == 100
+    letter = {}    # symbol -> character, read off the windows themselves: every one must fit the text
+    by_frequency = [c for c, _ in sorted(Counter(folded[:cut]).items(), key=lambda item: (-item[1], item[0]))]
+    letter.update(enumerate(by_frequency))
+    for part, windows, labels in ((folded[:cut], x, y), (folded[cut:], x_test, y_test)):
+        places = {part[i:i + 16] for i in range(0, len(part) - 15, 16)}
+        for window, label in zip(windows, labels):
+            string = "".join(letter[s] for s in window)
+            assert (string if label else string[::-1]) in places
+    default = tasks.make_task("text", n_train=10**6, n_test=10**6, seq_len=64, vocab_size=41)
+    assert len(default[0]) > 4000 and default[0].max() == 40 and default[0].min() == 0
+
+
+def test_training_and_test_parts_are_separate_streams_and_the_seed_is_all_there_is():
+    sizes = dict(n_train=50, n_test=50, seq_len=16, vocab_size=8)
+    for name in tasks.TASKS:
+        first, again, other = (tasks.make_task(name, seed=seed, **sizes) for seed in (0, 0, 1))
+        assert all((a == b).all() for a, b in zip(first, again))
+        assert (first[0] != first[2]).any() and (first[0] != other[0]).any()
+
+
+# ---------------------------------------------------------------------------------------------
+# Positions and attention
+# ---------------------------------------------------------------------------------------------
+def test_sinusoidal_positions_by_the_formula():
+    table = spt.sinusoidal_positions(20, 8).double()
+    for t in range(20):
+        for i in range(4):
+            assert table[t, 2 * i].item() == pytest.approx(math.sin(t / 10000 ** (2 * i / 8)), abs=1e-5)
+            assert table[t, 2 * i + 1].item() == pytest.approx(math.cos(t / 10000 ** (2 * i / 8)), abs=1e-5)
+    products = table @ table.T
+    for offset in range(20):
+        assert products.diagonal(offset).std(correction=0) < 1e-5
+
+
+def test_rotary_scores_depend_on_the_offset_alone():
+    q, k = torch.randn(2, 8, dtype=torch.float64)
+    scores = spt.rotate(q.expand(12, 8)) @ spt.rotate(k.expand(12, 8)).T
+    for offset in range(-11, 12):
+        assert scores.diagonal(offset).std(correction=0) < 1e-12
+    assert scores[0].std() > 1e-3
+    assert torch.allclose(spt.rotate(q.expand(12, 8)).norm(dim=-1), q.norm().expand(12))
+
+
+def test_distance_bias_by_hand():
+    inf = math.inf
+    left, right, left_half, _ = spt.distance_bias(4, 3).tolist()
+    assert left == [[0, -inf, -inf], [-1, 0, -inf], [-2, -1, 0]]
+    assert right == [[0, -1, -2], [-inf, 0, -1], [-inf, -inf, 0]]
+    assert left_half[2] == [-1, -0.5, 0]
+    assert spt.distance_bias(1, 3, one_sided=False).tolist() == [[[0, -1, -2], [-1, 0, -1], [-2, -1, 0]]]
+
+
+@torch.no_grad()
+def attention_by_loops(attention, x):
+    """Softmax attention as three nested loops over queries, keys and heads."""
+    B, T, C = x.shape
+    H, D = attention.n_heads, C // attention.n_heads
+    wq, wk = attention.query_key.weight.chunk(2)
+    out = torch.zeros(B, T, C, dtype=x.dtype)
+    for b in range(B):
+        q, k, v = x[b] @ wq.T, x[b] @ wk.T, x[b] @ attention.value.weight.T
+        for h in range(H):
+            part = slice(h * D, (h + 1) * D)
+            qh, kh = (spt.rotate(q[:, part]), spt.rotate(k[:, part])) if attention.rotary else (q[:, part], k[:, part])
+            for i in range(T):
+                bias = torch.zeros(T) if attention.bias is None else attention.bias[h, i]
+                e = [math.exp(qh[i] @ kh[j] / math.sqrt(D) + bias[j]) for j in range(T)]
+                for j in range(T):
+                    out[b, i, part] += e[j] / sum(e) * v[j, part]
+    return out @ attention.out.weight.T
+
+
+@pytest.mark.parametrize("rotary, bias", [(False, None), (True, None), (False, spt.distance_bias(2, 5).double())])
+def test_attention_equals_nested_loops_and_the_fused_kernel_with_gradients(rotary, bias):
+    torch.manual_seed(0)
+    attention = spt.Attention(8, 2, rotary=rotary, bias=bias).double()
+    x, gradients = torch.randn(2, 5, 8, dtype=torch.float64), []
+    readable, weights = attention(x, return_weights=True)
+    fused = attention(x)
+    assert torch.allclose(readable, fused) and torch.allclose(weights.sum(dim=-1), torch.ones(2, 2, 5).double())
+    assert torch.allclose(readable, attention_by_loops(attention, x))
+    for y in (readable, fused):
+        gradients.append(torch.autograd.grad(y.square().sum(), list(attention.parameters())))
+    for a, b in zip(*gradients):
+        assert torch.allclose(a, b) and a.abs().max() > 0
+
+
+@pytest.mark.parametrize("positions, blind", [("none", True), ("symmetric", True), ("sinusoidal", False),
+                                              ("learned", False), ("rotary", False), ("distance", False)])
+def test_without_order_a_sequence_and_its_reverse_look_alike(positions, blind):
+    config = replace(SMALL, positions=positions, n_layers=2)
+    model, tokens = spt.new_model(config).double(), tokens_like(config)
+    difference = (model.classify(tokens) - model.classify(tokens.flip(1))).abs().max()
+    assert difference < 1e-12 if blind else difference > 1e-6
+
+
+# ---------------------------------------------------------------------------------------------
+# Masking, losses, the loop
+# ---------------------------------------------------------------------------------------------
+def test_masking_hides_a_binomial_share_and_nothing_else():
+    tokens = torch.randint(8, (400, 100))
+    corrupted, is_masked = spt.mask_tokens(tokens, 8, 0.3, torch.Generator().manual_seed(0))
+    assert (corrupted[is_masked] == 8).all() and (corrupted[~is_masked] == tokens[~is_masked]).all()
+    n = is_masked.sum().item()
+    assert abs(n - 12_000) < 5 * math.sqrt(40_000 * 0.3 * 0.7)
+    assert is_masked.sum(dim=1).double().var().item() == pytest.approx(100 * 0.3 * 0.7, rel=0.3)
+    again = spt.mask_tokens(tokens, 8, 0.3, torch.Generator().manual_seed(0))[1]
+    assert (again == is_masked).all()
+
+
+def test_masked_loss_counts_hidden_tokens_only_and_cannot_see_them():
+    model = spt.new_model(SMALL)
+    tokens = torch.randint(5, (4, 9))
+    corrupted, is_masked = spt.mask_tokens(tokens, 5, 0.4)
+    log_p = model.reconstruct(corrupted).log_softmax(dim=-1)
+    losses = [-log_p[b, t, tokens[b, t]] for b in range(4) for t in range(9) if is_masked[b, t]]
+    loss = spt.masked_loss(model, tokens, corrupted, is_masked).item()
+    assert loss == pytest.approx(sum(losses).item() / len(losses))
+    elsewhere = torch.where(is_masked, tokens, (tokens + 1) % 5)    # other targets where nothing is hidden
+    assert spt.masked_loss(model, elsewhere, corrupted, is_masked).item() == loss
+    assert (corrupted[is_masked] == 5).all()                        # so the model cannot see the answer
+    nothing = torch.zeros_like(is_masked)
+    assert spt.masked_loss(model, tokens, tokens, nothing).item() == 0
+
+
+def test_losses_start_at_the_logarithm_of_the_number_of_choices():
+    config = spt.Config()
+    x, y, _, _ = (torch.from_numpy(a) for a in spt.load_data(config))
+    model = spt.new_model(config)
+    corrupted, is_masked = spt.mask_tokens(x[:256], 8, 0.3)
+    assert spt.masked_loss(model, x[:256], corrupted, is_masked).item() == pytest.approx(math.log(8), abs=0.3)
+    assert F.cross_entropy(model.classify(x[:256]), y[:256]).item() == pytest.approx(math.log(2), abs=0.3)
+
+
+@pytest.mark.parametrize("phase", ["pretrain", "finetune"])
+def test_one_batch_can_be_overfitted(phase):
+    config = replace(SMALL, pretrain_steps=300, finetune_steps=200, mask_ratio=0.1)
+    tokens, labels = torch.randint(5, (2, 9)), torch.tensor([0, 1])
+    losses = spt.pretrain(spt.new_model(config), tokens, config) if phase == "pretrain" else \
+        spt.finetune(spt.new_model(config), tokens, labels, config)
+    assert losses[0] > 0.3 and np.mean(losses[-20:]) < 0.1
+
+
+def test_adamw_takes_the_steps_of_torch():
+    start = torch.randn(3, 4, dtype=torch.float64)
+    ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
+    optimizer = spt.AdamW([ours])
+    reference = torch.optim.AdamW([theirs], betas=optimizer.betas, weight_decay=optimizer.weight_decay)
+    for step in range(5):
+        for group in reference.param_groups:
+            group["lr"] = 0.1 / (step + 1)
+        ((ours - 1) ** 4).sum().backward()
+        reference.zero_grad()
+        ((theirs - 1) ** 4).sum().backward()
+        optimizer.step(0.1 / (step + 1))
+        reference.step()
+        assert torch.allclose(ours, theirs, rtol=1e-12) and ours.grad is None
+    assert (ours - start).abs().min() > 0.01
+
+
+def test_a_loss_that_is_no_number_stops_the_run():
+    model = spt.new_model(SMALL)
+    with pytest.raises(FloatingPointError, match="pretraining"):
+        spt.optimize(model, lambda rows: model.norm.weight.sum() * math.nan, 8, 3, SMALL, "pretraining")
+
+
+def test_accuracy_equals_a_loop_over_sequences():
+    model = spt.new_model(SMALL)
+    x, y = torch.randint(5, (23, 9)), torch.randint(2, (23,))
+    right = sum(int(model.classify(a[None])[0].argmax() == b) for a, b in zip(x, y))
+    assert spt.accuracy(model, x, y, batch_size=5) == pytest.approx(right / 23)
+
+
+# ---------------------------------------------------------------------------------------------
+# Probes
+# ---------------------------------------------------------------------------------------------
+def query_key_names(names):
+    return {name for name in names if "query_key" in name.split(".")}
+
+
+@pytest.mark.parametrize("which", ["all", "qk", "not-qk"])
+def test_transfer_moves_exactly_what_it_names(which):
+    config = replace(SMALL, n_layers=2, positions="learned")
+    source, target, fresh = (spt.new_model(replace(config, seed=seed)) for seed in (1, 2, 2))
+    with torch.no_grad():
+        for weight in source.parameters():
+            weight.add_(1.0)
+    spt.transfer(source, target, which)
+    source, target, fresh = source.state_dict(), target.state_dict(), fresh.state_dict()
+    encoder = {name for name in source if not name.startswith("class_head")}
+    moved = {"all": encoder, "qk": query_key_names(encoder), "not-qk": encoder - query_key_names(encoder)}[which]
+    assert len(query_key_names(encoder)) == 2
+    for name in source:
+        assert torch.equal(target[name], (source if name in moved else fresh)[name]), name
+
+
+def test_attention_by_offset_equals_a_loop_and_sums_to_one():
+    config = replace(SMALL, n_layers=2)
+    model, tokens = spt.new_model(config), tokens_like(config)
+    measured = spt.attention_by_offset(model, tokens)
+    x, T = model.embed(tokens), config.seq_len
+    for layer, block in enumerate(model.blocks):
+        _, weights = block.attention(block.norm1(x), return_weights=True)
+        by_loop = torch.zeros(config.n_heads, 2 * T - 1)
+        for h, i, j in itertools.product(range(config.n_heads), range(T), range(T)):
+            by_loop[h, j - i + T - 1] += weights[:, h, i, j].mean().item() / T
+        assert torch.allclose(measured[layer], by_loop, atol=1e-6)
+        x = block(x)
+    assert torch.allclose(measured.sum(dim=-1), torch.ones(2, 2))
+
+
+def test_frozen_query_key_maps_stay_as_they_are():
+    config = replace(SMALL, freeze_qk=True)
+    model, before = spt.new_model(config), spt.new_model(config).state_dict()
+    spt.finetune(model, torch.randint(5, (16, 9)), torch.arange(16) % 2, config)
+    kept = {name for name, weight in model.state_dict().items() if torch.equal(weight, before[name])}
+    assert kept == query_key_names(before) | {"reconstruction_head.weight", "reconstruction_head.bias"}
+
+
+# ---------------------------------------------------------------------------------------------
+# Whole runs
+# ---------------------------------------------------------------------------------------------
+def numbers(result):
+    """All of a result that must be the same on every repetition."""
+    return {key: value for key, value in result.items() if key not in ("seconds", "config")}
+
+
+def test_same_seed_same_bits_and_pretraining_changes_neither_data_nor_weights():
+    first, again, other = (spt.run(replace(SMALL, spt=True, seed=seed)) for seed in (0, 0, 1))
+    labels = spt.run(SMALL)
+    assert numbers(first) == numbers(again) and numbers(first) != numbers(other)
+    assert first["attention_by_offset"]["start"] == labels["attention_by_offset"]["start"]
+    assert first["pretrain_steps"] + first["finetune_steps"] == labels["finetune_steps"] == 10
+    state = torch.get_rng_state()
+    spt.run(SMALL)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_fine_tuning_starts_from_the_pretrained_encoder_with_nothing_masked(monkeypatch):
+    handed, seen = {}, set()
+    finetune = spt.finetune
+
+    def spy(model, tokens, labels, config, on_step=None):
+        handed.update({name: weight.clone() for name, weight in model.state_dict().items()})
+        model.token_embedding.register_forward_pre_hook(lambda _, inputs: seen.update(inputs[0].unique().tolist()))
+        return finetune(model, tokens, labels, config, on_step)
+    monkeypatch.setattr(spt, "finetune", spy)
+    config = replace(SMALL, spt=True)
+    spt.run(config)
+    pretrained, fresh = spt.new_model(config), spt.new_model(config).state_dict()
+    spt.pretrain(pretrained, torch.from_numpy(spt.load_data(config)[0]), config)
+    for name, weight in pretrained.state_dict().items():
+        assert torch.equal(handed[name], fresh[name] if name.startswith("class_head") else weight), name
+    assert not torch.equal(handed["token_embedding.weight"], fresh["token_embedding.weight"])
+    assert seen == set(range(config.vocab_size))
+
+
+def test_the_gap_end_to_end(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = Path("r.jsonl")
+    for flags in (["--spt"], []):
+        assert spt.main(["--task", "proximity", "--seed", "5", "--json", str(path), *flags]) == 0
+    ours, labels = map(json.loads, path.read_text().splitlines())
+    assert ours["test_accuracy"] >= 0.9 and labels["test_accuracy"] <= 0.6
+    assert ours["neighbour_attention"]["fine-tuning"] > 5 * labels["neighbour_attention"]["label training"]
+    assert (ours["arm"], labels["arm"]) == ("spt", "labels") and ours["chance"] == 0.5 and labels["best_possible"] > 0.99
+    assert ours["pretrain_steps"] + ours["finetune_steps"] == labels["pretrain_steps"] + labels["finetune_steps"]
+    output = capsys.readouterr().out.splitlines()
+    assert f"test accuracy  {labels['test_accuracy']:.3f}" == output[-1] and max(map(len, output)) <= 80
+
+
+def test_compare_gives_the_numbers_of_single_runs_for_any_number_of_jobs(tmp_path):
+    flags = "--n-train 64 --n-test 32 --seq-len 9 --vocab-size 5 --pretrain-steps 6 --finetune-steps 4 --batch-size 8"
+    lines = {}
+    for jobs in ("1", "2"):
+        path = tmp_path / jobs
+        done = subprocess.run([sys.executable, "spt.py", "--compare", "--seeds", "2", "--jobs", jobs, "--json", path,
+                               *flags.split()], cwd=HERE, capture_output=True, text=True, check=True)
+        assert done.stderr == "" and max(map(len, done.stdout.splitlines())) <= 80
+        results = map(json.loads, path.read_text().splitlines())
+        lines[jobs] = {(r["arm"], r["lr"], r["seed"]): numbers(r) for r in results}
+    assert lines["1"] == lines["2"] and len(lines["1"]) == 10
+    alone = spt.run(replace(SMALL, spt=True, seed=1))
+    assert lines["1"]["spt", SMALL.lr, 1] == json.loads(json.dumps(numbers(alone)))
+
+
+def test_ctrl_c_keeps_what_is_finished(tmp_path):
+    path = tmp_path / "results.jsonl"
+    process = subprocess.Popen([sys.executable, "spt.py", "--compare", "--seeds", "50", "--pretrain-steps", "20",
+                                "--finetune-steps", "10", "--json", path],
+                               cwd=HERE, stderr=subprocess.PIPE, start_new_session=True)
+    for _ in range(600):
+        if path.exists() and path.stat().st_size:
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)    # as a terminal does: to the whole group
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130 and b"Traceback" not in stderr
+    assert all(json.loads(line)["task"] == "proximity" for line in path.read_text().splitlines())
+
+
+# ---------------------------------------------------------------------------------------------
+# Bad input
+# ---------------------------------------------------------------------------------------------
+BAD_FLAGS = """
+--task cooking | --no-such-flag | --spt=1 | --seed -1 | --seed x | --seeds 0 | --jobs 0 | --threads 0
+--mask-ratio 0 | --mask-ratio 1 | --mask-ratio nan | --n-heads 3 | --n-heads 0 | --d-model -32 | --d-model 33
+--vocab-size 2 | --vocab-size -8 | --seq-len 1 | --seq-len 999999999 | --lag 64 | --lag 0 | --lag 2 --task text
+--signal 1.5 | --signal -0.1 | --lr 0 | --lr inf | --lr nan | --batch-size 0 | --pretrain-steps 0
+--n-train 99999999999 | --n-train 1 | --positions nowhere | --transfer some | --n-layers 1000 --d-model 16384
+--d-ff 0 | --device abacus | --device cuda:99 | --text {tmp}/none.txt --task text | --text {tmp} --task text
+--text {tmp}/empty.txt --task text | --text {tmp}/binary --task text | --text {tmp}/short.txt --task text
+--text {tmp}/short.txt | --json {tmp} | --json {tmp}/no/such/folder/r.jsonl | --task bag --vocab-size 7
+--task texture --seq-len 60 | --n-train 10000000 --seq-len 65536 | --batch-size 100000 --seq-len 65536 | stray
+"""
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS.replace("\n", " | ").strip(" |").split(" | "))
+def test_bad_input_is_one_line_and_status_2(flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(spt, "run", lambda config: pytest.fail("training began"))
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("too short " * 20)
+    (tmp_path / "binary").write_bytes(bytes(range(256)) * 200)
+    before = sorted(tmp_path.iterdir())
+    assert spt.main(flags.format(tmp=tmp_path).split()) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("spt.py: error: ") and len(err) > 30
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_result_that_does_not_fit_on_the_disk_leaves_the_file_as_it_was(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"kept": true}\n')
+    code = ("import resource, signal, spt; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (40, 40)); "
+            f"spt.append_json({str(path)!r}, dict(long='x' * 100))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert "OSError" in done.stderr and path.read_text() == '{"kept": true}\n'
