@@ -29,9 +29,11 @@ import shlex
 import signal
 import statistics
 import sys
+import textwrap
 import time
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields, replace
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -59,9 +61,12 @@ class Config:
     task: str = option("proximity", "what to classify", choices=TASKS)
     spt: bool = option(False, "pretrain on masked tokens first; without it, labels get all steps")
     compare: bool = option(False, "both arms over several seeds, side by side")
+    reproduce: bool = option(False, "measure every claim, with a verdict; status 1 if one fails")
+    quick: bool = option(False, "with --reproduce: one seed and the fast rows only")
+    theory: bool = option(False, "what labels and masked tokens see of the attention scores")
     seed: int = option(0, "seed of data, weights, batches and masks", 0, 2**31)
-    seeds: int = option(3, "seeds in --compare, counted from --seed", 1, 1000)
-    jobs: int = option(os.cpu_count(), "processes that --compare spreads its runs over", 1, 256)
+    seeds: int = option(3, "seeds in --compare and --reproduce, counted from --seed", 1, 1000)
+    jobs: int = option(os.cpu_count(), "processes that share the runs of --compare and --reproduce", 1, 256)
     threads: int = option(1, "threads in each process; a second one gains nothing here", 1, 256)
     device: str = option("cpu", "where the tensors live: cpu, cuda, mps")
     json: str = option(None, "file to append results to, one JSON object per finished run")
@@ -80,10 +85,10 @@ class Config:
     n_heads: int = option(2, "attention heads, H", 1, 2**10)
     d_ff: int = option(64, "width inside the MLP", 1, 2**16)
     # the training
-    pretrain_steps: int = option(250, "steps of masked reconstruction", 1, 10**8)
+    pretrain_steps: int = option(300, "steps of masked reconstruction", 1, 10**8)
     finetune_steps: int = option(100, "steps on labels", 1, 10**8)
     batch_size: int = option(32, "sequences in a step, B", 1, 10**5)
-    lr: float = option(0.02, "peak learning rate", 1e-8, 10.0)
+    lr: float = option(0.01, "peak learning rate", 1e-8, 10.0)
     mask_ratio: float = option(0.3, "share of tokens hidden in pretraining", 0.01, 0.99)
     transfer: str = option("all", "which pretrained weights fine-tuning starts from", choices=("all", "qk", "not-qk"))
     freeze_qk: bool = option(False, "keep query and key maps as they are while fine-tuning")
@@ -111,7 +116,7 @@ class Config:
 
 # A task may bring its own recipe: what differs from the defaults above. Both arms share it.
 RECIPES = {
-    "text": dict(n_train=20_000, n_test=5_000, vocab_size=41, lr=0.01, pretrain_steps=1200,
+    "text": dict(n_train=20_000, n_test=5_000, vocab_size=41, pretrain_steps=1200,
                  finetune_steps=400),
     "texture": dict(signal=0.6, pretrain_steps=300, finetune_steps=200),
     "bag": dict(signal=0.2),
@@ -492,7 +497,7 @@ def run(config):
 # Many runs: rows of a table. A row is a list of configs that differ in nothing but the seed, and,
 # for label training, in the learning rate, where it gets the best of several on the *test* set.
 # ---------------------------------------------------------------------------------------------
-LABEL_LRS = 1e-3, 3e-3, 1e-2    # and the recipe's own
+LABEL_LRS = 1e-3, 3e-3, 1e-2
 
 
 def run_all(tagged, jobs, json_path):
@@ -503,7 +508,8 @@ def run_all(tagged, jobs, json_path):
     """
     results = [None] * len(tagged)
     with ProcessPoolExecutor(min(jobs, len(tagged)), initializer=start_worker) as pool:
-        place = {pool.submit(run, config): i for i, (_, config) in enumerate(tagged)}
+        longest_first = sorted(range(len(tagged)), key=lambda i: -work(tagged[i][1]))
+        place = {pool.submit(run, tagged[i][1]): i for i in longest_first}
         try:
             for done in tqdm(as_completed(place), total=len(place), desc="runs", unit=" runs", disable=None):
                 i = place[done]
@@ -514,6 +520,11 @@ def run_all(tagged, jobs, json_path):
                 worker.kill()
             raise
     return results
+
+
+def work(config):
+    """About how long a run takes, in no particular unit."""
+    return (config.pretrain_steps + config.finetune_steps) * config.batch_size * config.seq_len * config.n_layers
 
 
 def start_worker():
@@ -605,16 +616,20 @@ def row_of(name, results):
         f"not in {results[0]['pretrain_steps'] + results[0]['finetune_steps']:,}"
     if 0 < len(reached) < len(results):
         steps += f" ({len(reached)} of {len(results)})"
-    near = statistics.mean(list(r["neighbour_attention"].values())[-1] for r in results)
-    return (f"{name:<26}{spread([r['train_accuracy'] for r in results]):<15}"
-            f"{spread([r['test_accuracy'] for r in results]):<15}{steps:<16}{near:.3f}")
+    return (f"{name:<29}{spread([r['train_accuracy'] for r in results]):<15}"
+            f"{spread([r['test_accuracy'] for r in results]):<15}{steps:<16}{near_mean(results):.3f}")
 
 
-HEADER = f"{'':<26}{'train accuracy':<15}{'test accuracy':<15}{'95 % at step':<16}near"
+HEADER = f"{'':<29}{'train accuracy':<15}{'test accuracy':<15}{'95 % at step':<16}near"
 
 
 def test_mean(results):
     return statistics.mean(r["test_accuracy"] for r in results)
+
+
+def near_mean(results):
+    """Attention mass on the task's own neighbours at the end of training."""
+    return statistics.mean(list(r["neighbour_attention"].values())[-1] for r in results)
 
 
 def compare(config):
@@ -640,6 +655,262 @@ def compare(config):
         steps, heights = mean_curve([r["curve"] for r in groups[name]])
         say(f"  {name:<26}{'':<{20 - len(steps)}}{bars(heights, 1)}  test accuracy, steps {steps[0]:,} to {steps[-1]:,}")
     show_attention(groups[best_name] + groups[spt_name])
+
+
+# ---------------------------------------------------------------------------------------------
+# The claims, as rows that differ from a task's recipe and a rule on the numbers they give.
+# ---------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Claim:
+    """Rows of the table by name, each a change of its task's recipe, and a rule on what they measure.
+
+    Of several learning rates, `lrs`, a row picks the best on the test set. `holds` takes the means of
+    all rows so far by name: .train, .test, .near (attention on the neighbours) and .steps (to 95 %,
+    infinite where a run did not get there).
+    """
+    title: str
+    rows: dict
+    rule: str
+    holds: callable
+    quick: bool = False
+
+
+CLAIMS = (
+    Claim("1 SPT beats training on the labels alone, at equal steps", {
+        "labels only, best lr": dict(lrs=LABEL_LRS),
+        "SPT": dict(spt=True),
+    }, "SPT is above 0.95, labels only below 0.60",
+        lambda m: m["SPT"].test > 0.95 and m["labels only, best lr"].test < 0.6, quick=True),
+    Claim("1 ... and on real text: does English run forwards or backwards?", {
+        "text: labels only, best lr": dict(task="text", lrs=LABEL_LRS),
+        "text: SPT": dict(task="text", spt=True),
+    }, "SPT is above 0.95, labels only below 0.60",
+        lambda m: m["text: SPT"].test > 0.95 and m["text: labels only, best lr"].test < 0.6),
+    Claim("1 ... but not for ever: with ten times the steps labels find it, too", {
+        "labels, 10x steps, lr 0.003": dict(lrs=(0.003,), finetune_steps=3700),
+        "labels, learned positions": dict(lrs=LABEL_LRS, positions="learned"),
+    }, "10x the steps: above 0.70, yet 95 % takes 5 times SPT's steps or more",
+        lambda m: m["labels, 10x steps, lr 0.003"].test > 0.7
+        and m["labels, 10x steps, lr 0.003"].steps > 5 * m["SPT"].steps),
+    Claim("2 Not depth", {
+        "labels only, 2 layers": dict(n_layers=2),
+        "labels only, 4 layers": dict(n_layers=4),
+    }, "both below 0.60",
+        lambda m: max(m["labels only, 2 layers"].test, m["labels only, 4 layers"].test) < 0.6),
+    Claim("3 Not generalization alone: labels do not even fit", {
+        "labels, 50,000 sequences": dict(n_train=50_000),
+        "labels, 50,000, 10x steps": dict(n_train=50_000, finetune_steps=3700),
+        "SPT, 200 sequences": dict(n_train=200, spt=True),
+    }, "labels train below 0.60, with 10x steps below 0.90; SPT on 200 tests above 0.85",
+        lambda m: m["labels, 50,000 sequences"].train < 0.6
+        and m["labels, 50,000, 10x steps"].train < 0.9 and m["SPT, 200 sequences"].test > 0.85),
+    Claim("4 It is the query and key maps", {
+        "SPT, only qk copied": dict(spt=True, transfer="qk"),
+        "SPT, all but qk copied": dict(spt=True, transfer="not-qk"),
+        "SPT, qk frozen for labels": dict(spt=True, freeze_qk=True),
+    }, "qk alone: above 0.95; all but qk: below 0.60; qk frozen: above 0.80",
+        lambda m: m["SPT, only qk copied"].test > 0.95 and m["SPT, all but qk copied"].test < 0.6
+        and m["SPT, qk frozen for labels"].test > 0.8, quick=True),
+    Claim("5 What they learn is proximity", {
+        "SPT, no positions": dict(spt=True, positions="none"),
+        "labels, rotary positions": dict(positions="rotary"),
+        "labels, distance bias": dict(positions="distance"),
+        "labels, bias in |i - j|": dict(positions="symmetric"),
+    }, "attention on neighbours: SPT 5x labels; given rotary or distance, labels > 0.95; "
+       "no positions or |i - j|: < 0.60",
+        lambda m: m["SPT"].near > 5 * m["labels only, best lr"].near
+        and min(m["labels, rotary positions"].test, m["labels, distance bias"].test) > 0.95
+        and max(m["SPT, no positions"].test, m["labels, bias in |i - j|"].test) < 0.6, quick=True),
+    Claim("Control: where counting tokens is enough there is nothing to gain", {
+        "bag: labels only, best lr": dict(task="bag", lrs=LABEL_LRS),
+        "bag: SPT": dict(task="bag", spt=True),
+    }, "within 0.03 of each other",
+        lambda m: abs(m["bag: SPT"].test - m["bag: labels only, best lr"].test) < 0.03),
+)
+
+
+def measured(results):
+    """The means that a claim's rule is about."""
+    steps = [math.inf if r["steps_to_95"] is None else r["steps_to_95"] for r in results]
+    return SimpleNamespace(train=statistics.mean(r["train_accuracy"] for r in results),
+                           test=test_mean(results), near=near_mean(results), steps=statistics.mean(steps))
+
+
+def reproduce(config):
+    """Measure every claim and print rows and verdicts; returns whether all of them hold."""
+    claims = [claim for claim in CLAIMS if claim.quick or not config.quick]
+    seeds = range(config.seed, config.seed + (1 if config.quick else config.seeds))
+    tagged = []
+    for claim in claims:
+        for name, changes in claim.rows.items():
+            base = recipe(**{"task": "proximity", **{k: v for k, v in changes.items() if k != "lrs"}})
+            tagged += [(dict(claim=claim.title, row=name), replace(base, seed=seed, lr=lr, device=config.device))
+                       for lr in changes.get("lrs", [base.lr]) for seed in seeds]
+    rows = {}
+    for (tags, run_config), result in zip(tagged, run_all(tagged, config.jobs, config.json)):
+        rows.setdefault(tags["row"], {}).setdefault(run_config.lr, []).append(result)
+    rows = {name: max(by_lr.values(), key=test_mean) for name, by_lr in rows.items()}
+    numbers, verdicts = {name: measured(results) for name, results in rows.items()}, []
+    say(f"mean ± standard deviation over {len(seeds)} seeds\n{HEADER}")
+    for claim in claims:
+        say(claim.title)
+        for name in claim.rows:
+            say(row_of("  " + name, rows[name]))
+        verdicts.append(claim.holds(numbers))
+        say(verdict(verdicts[-1], claim.rule))
+    say("6 Labels are locally blind to proximity, masked tokens are not")
+    verdicts.append(theory(config))
+    say(verdict(verdicts[-1], "blind along circulant directions to 1e-12; masked tokens see them"))
+    return all(verdicts)
+
+
+def verdict(holds, rule):
+    return textwrap.fill(f"  {'holds' if holds else 'DOES NOT HOLD'}: {rule}", 80, subsequent_indent="    ")
+
+
+# ---------------------------------------------------------------------------------------------
+# Theory: why labels do not teach attention to look at neighbours, and masked tokens do.
+#
+# Set-up. One attention layer, no residual, scores S (T, T) that depend on positions only:
+#     A = softmax(S) by rows,   z_i = Σ_j A_ij v_j,   v_j the value of token j,
+#     label logits = Wᵀ mean_i φ(z_i),   logits of a masked token i = Uᵀ φ(z_i),   φ token by token.
+# A direction D in the space of scores is *circulant* if D_ij depends on (j - i) mod T alone. These
+# are the proximity directions: "look one to the left" is D_ij = 1 where j = i - 1, else 0.
+#
+# 1. φ linear: labels are blind along all circulant S, everywhere. S circulant makes A circulant, so
+#    its columns sum to 1 like its rows, and mean_i z_i = (1/T) Σ_j (Σ_i A_ij) v_j = mean_j v_j: the
+#    scores have dropped out. Derivatives of every order are 0, whatever the data and the weights.
+# 2. Any φ: labels are blind to first order at S = 0, where training starts. There every z_i is the
+#    mean value v̄, and dA_ij = (D_ij - mean_k D_ik) / T has zero column sums if D is circulant, so
+#        d mean_i φ(z_i) = φ'(v̄) (1/T) Σ_j (Σ_i dA_ij) v_j = 0.
+# 3. Masked reconstruction escapes, because it does not average over i before it asks. Along "look ℓ
+#    to the side" dz_i = (v_{i+ℓ} - v̄) / T, and with p the predicted probabilities its loss changes by
+#        -(1/T) E[(onehot(x_i) - p)ᵀ Uᵀ φ'(v̄) (v_{i+ℓ} - v̄)],   i masked,
+#    which is not 0 as soon as x_i and x_{i+ℓ} are dependent: as soon as neighbours matter.
+#
+# One caution. Token i is itself a mask symbol, so "look to the side" also means "look less at
+# yourself", which pays a little (O(1/T)) with any data. The directions below therefore add nothing
+# in all: each row of D is 0 at j = i and has mean 0 over all other j. For shuffled tokens the
+# expected derivative is then exactly 0.
+# ---------------------------------------------------------------------------------------------
+def blind_directions(tokens, labels, is_masked, values, to_class, to_symbol, phi=torch.tanh,
+                     scores=None, seed=0):
+    """Derivatives of the label loss and of the masked loss along directions of the scores.
+
+    The set-up above in the dtype of `values`: tokens (n, T) and labels (n,) int64, is_masked (n, T)
+    bool, values (V + 1, C) with the mask symbol's last, to_class (C, K), to_symbol (C, V), token-wise
+    `phi`, and `scores` (T, T) at which to differentiate, 0 (uniform attention) by default.
+    Returns {direction: (label derivative, masked derivative)} for directions of norm sqrt(T), and
+    under "loss" the two losses themselves.
+    """
+    n, T = tokens.shape
+    scores = torch.zeros(T, T, dtype=values.dtype) if scores is None else scores
+    scores = scores.clone().requires_grad_()                                      # (T, T)
+    weights = scores.softmax(dim=-1)                                              # (T, T)
+    corrupted = tokens.masked_fill(is_masked, len(values) - 1)                    # (n, T)
+    pooled = phi(weights @ values[tokens]).mean(dim=1)                            # (n, C)
+    hidden = phi(weights @ values[corrupted])[is_masked]                          # (N, C), N masked
+    losses = (F.cross_entropy(pooled @ to_class, labels),
+              F.cross_entropy(hidden @ to_symbol, tokens[is_masked]))
+    gradients = [torch.autograd.grad(loss, scores, retain_graph=True)[0] for loss in losses]  # (T, T) each
+
+    generator = torch.Generator().manual_seed(seed)
+    offset = (torch.arange(T) - torch.arange(T)[:, None]) % T                     # (T, T), (j - i) mod T
+    directions = {
+        "look left": offset == T - 1,
+        "look right": offset == 1,
+        "look both ways": (offset == 1) | (offset == T - 1),
+        "random circulant": torch.randn(T, generator=generator)[offset],
+        "random, not circulant": torch.randn(T, T, generator=generator),
+    }
+    found = {"loss": tuple(loss.item() for loss in losses)}
+    for name, direction in directions.items():
+        direction = direction.to(values.dtype).masked_fill(offset == 0, 0)        # (T, T)
+        direction -= direction.sum(dim=-1, keepdim=True) / (T - 1)                # rows add up to 0 ...
+        direction = direction.masked_fill(offset == 0, 0)                         # ... and spare themselves
+        direction *= math.sqrt(T) / direction.norm()
+        found[name] = tuple((gradient * direction).sum().item() for gradient in gradients)
+    return found
+
+
+def offset_gradients(config, n_batches=30):
+    """The same question to the full Transformer at its random start: residuals, LayerNorm, MLP and all.
+
+    Gradients with respect to a score bias by offset (j - i) mod T, from which a control is taken off:
+    the same batch with the labels swapped, or with the tokens shuffled. Along "look both ways", which
+    is proximity, and along "left, not right". Returns {direction: {loss: (gradient, standard error)}}.
+    """
+    tokens, labels, _, _ = (torch.from_numpy(part) for part in load_data(config))  # (n, T), (n,)
+    model, T = new_model(config), config.seq_len
+    offset = (torch.arange(T) - torch.arange(T)[:, None]) % T                     # (T, T)
+    generator = torch.Generator().manual_seed(config.seed)
+    gradients = {"label": [], "masked": []}
+    for rows in torch.arange(min(len(tokens), 64 * n_batches)).split(64):
+        x, y = tokens[rows], labels[rows]                                         # (B, T), (B,)
+        shuffled = x.gather(1, torch.rand(x.shape, generator=generator).argsort(dim=1))  # (B, T)
+        corrupted, is_masked = mask_tokens(x, config.vocab_size, config.mask_ratio, generator)
+        by_offset = torch.zeros(T, requires_grad=True)                            # (T,)
+        for block in model.blocks:
+            block.attention.bias = by_offset[offset]                              # (T, T)
+        logits = model.classify(x)                                                # (B, K)
+        losses = {
+            "label": (F.cross_entropy(logits, y) - F.cross_entropy(logits, 1 - y)) / 2,
+            "masked": masked_loss(model, x, corrupted, is_masked)
+            - masked_loss(model, shuffled, shuffled.masked_fill(is_masked, config.vocab_size), is_masked)}
+        for name, loss in losses.items():
+            gradient, = torch.autograd.grad(loss, by_offset, retain_graph=True)   # (T,)
+            left, right = (gradient[[-1, 1]] - gradient[1:].mean()).tolist()
+            gradients[name].append((left + right, left - right))
+    found = {}
+    for i, direction in enumerate(("look both ways", "left, not right")):
+        columns = {name: [pair[i] for pair in pairs] for name, pairs in gradients.items()}
+        found[direction] = {name: (statistics.mean(g), statistics.stdev(g) / math.sqrt(len(g)))
+                            for name, g in columns.items()}
+    return found
+
+
+def theory_inputs(n=1000, seq_len=32, vocab_size=8, d_model=16, shuffled=False, seed=0):
+    """Arguments of `blind_directions`: sequences of proximity, masks, random weights in float64."""
+    tokens, labels, _, _ = (torch.from_numpy(part) for part in make_task(
+        "proximity", n_train=n, n_test=2, seq_len=seq_len, vocab_size=vocab_size, seed=seed))
+    generator = torch.Generator().manual_seed(seed)
+    values, to_class, to_symbol = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) / math.sqrt(scale)
+        for shape, scale in (((vocab_size + 1, d_model), 1), ((d_model, 2), d_model), ((d_model, vocab_size), d_model)))
+    if shuffled:
+        tokens = tokens.gather(1, torch.rand(tokens.shape, generator=generator).argsort(dim=1))  # (n, T)
+    is_masked = torch.rand(tokens.shape, generator=generator) < 0.3               # (n, T)
+    return tokens, labels, is_masked, values, to_class, to_symbol
+
+
+def theory(config):
+    """Print what labels see and what masked tokens see; returns whether the two propositions hold."""
+    def cell(value):
+        return "exactly blind" if abs(value) < 1e-15 else f"{abs(value):.1e}"
+
+    torch.set_num_threads(config.threads)
+    holds = True
+    for title, shuffled in (("neighbours depend on each other (proximity)", False),
+                            ("the same tokens in shuffled order", True)):
+        found = blind_directions(*theory_inputs(shuffled=shuffled, seed=config.seed))
+        say(f"{title:<46}{'|label derivative|':<20}|masked derivative|")
+        for name, (label, masked) in list(found.items())[1:]:
+            say(f"  {name:<44}{cell(label):<20}{cell(masked)}")
+            holds &= (abs(label) > 1e-9) if "not" in name else abs(label) <= 1e-12
+            holds &= shuffled or "not" in name or abs(masked) >= 1e-6
+    inputs = theory_inputs(seed=config.seed)
+    offset = (torch.arange(32) - torch.arange(32)[:, None]) % 32
+    generator = torch.Generator().manual_seed(config.seed)
+    losses = [blind_directions(*inputs, phi=lambda z: z, scores=size * torch.randn(
+        32, generator=generator, dtype=torch.float64)[offset])["loss"] for size in (0, 1, 3, 10)]
+    label, masked = (max(column) - min(column) for column in zip(*losses))
+    say(f"far from uniform, linear φ, 4 circulant kernels: label loss varies by {label:.0e}, masked by {masked:.2f}")
+    holds &= label < 1e-12 < masked
+    say(f"{'the full Transformer at its start (x 1e-6)':<46}{'label gradient':<20}masked gradient")
+    for direction, losses in offset_gradients(replace(config, n_test=2)).items():
+        cells = [f"{mean * 1e6:+.0f} ± {error * 1e6:.0f}" for mean, error in losses.values()]
+        say(f"  {direction:<44}{cells[0]:<20}{cells[1]}")
+    return holds
 
 
 # ---------------------------------------------------------------------------------------------
@@ -694,7 +965,11 @@ def main(argv=None):
     try:
         config = parse(argv)
         check(config)
-        if config.compare:
+        if config.reproduce:
+            return 0 if reproduce(config) else 1
+        if config.theory:
+            theory(config)
+        elif config.compare:
             compare(config)
         else:
             single(config, argv)
