@@ -156,6 +156,47 @@ def make_task(name, *, n_train, n_test, seq_len, vocab_size, signal=0.5, lag=1, 
     return (*draw(n=n_train, seed=[seed, 0], **sizes), *draw(n=n_test, seed=[seed, 1], **sizes))
 
 
+def from_file(path, seed=0):
+    """The user's own sequences: an .npz with integers `tokens` (n, T) from 0 up and `labels` (n,).
+
+    Labels are integers or names. `test_tokens` and `test_labels` are taken where the file has them;
+    else `seed` draws a fifth of every class for the test.
+    Returns (train_tokens, train_labels, test_tokens, test_labels), int64, labels as 0 ... K - 1.
+    Raises OSError or ValueError. Nothing in the file is ever executed (allow_pickle=False).
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            parts = [(file["tokens"], file["labels"])]
+            if "test_tokens" in file or "test_labels" in file:
+                parts.append((file["test_tokens"], file["test_labels"]))
+    except OSError:
+        raise
+    except Exception as error:    # numpy, zipfile and zlib raise a dozen kinds on a damaged file
+        raise ValueError(f"data {path}: no .npz of plain arrays tokens and labels, test_tokens and "
+                         f"test_labels or neither ({type(error).__name__})") from None
+    for x, y in parts:
+        if x.ndim != 2 or x.dtype.kind not in "iu" or x.size == 0 or x.shape[1:] != parts[0][0].shape[1:]:
+            raise ValueError(f"data {path}: tokens must be integers (n, T), T the same in both parts; "
+                             f"these are {x.dtype} {x.shape}")
+        if y.shape != x.shape[:1] or y.dtype.kind not in "iuU":
+            raise ValueError(f"data {path}: labels must be {len(x)} integers or names, one for each "
+                             f"sequence; these are {y.dtype} {y.shape}")
+        if x.min() < 0 or x.max() >= 10**5 or x.shape[1] < 2:
+            raise ValueError(f"data {path}: needs T >= 2 and tokens from 0 to 99999; "
+                             f"T is {x.shape[1]}, tokens are from {x.min()} to {x.max()}")
+    x = np.concatenate([x for x, _ in parts]).astype(np.int64)        # (all, T)
+    names, y, counts = np.unique(np.concatenate([y for _, y in parts]), return_inverse=True,
+                                 return_counts=True)                  # y (all,)
+    if len(names) < 2 or counts.min() < 2:
+        raise ValueError(f"data {path}: needs 2 classes or more, each with 2 sequences or more")
+    is_test = np.arange(len(x)) >= len(parts[0][0])                   # (all,)
+    if len(parts) == 1:
+        rng = np.random.default_rng(seed)
+        for k, count in enumerate(counts):
+            is_test[rng.permutation(np.flatnonzero(y == k))[:max(1, count // 5)]] = True
+    return x[~is_test], y[~is_test], x[is_test], y[is_test]
+
+
 # ---------------------------------------------------------------------------------------------
 # Two yardsticks: what the best classifier of all would score, and what counting alone scores.
 # ---------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -384,7 +386,7 @@ def test_compare_gives_the_numbers_of_single_runs_for_any_number_of_jobs(tmp_pat
         assert done.stderr == "" and max(map(len, done.stdout.splitlines())) <= 80
         results = map(json.loads, path.read_text().splitlines())
         lines[jobs] = {(r["arm"], r["lr"], r["seed"]): numbers(r) for r in results}
-    assert lines["1"] == lines["2"] and len(lines["1"]) == 10
+    assert lines["1"] == lines["2"] and len(lines["1"]) == 8
     alone = spt.run(replace(SMALL, spt=True, seed=1))
     assert lines["1"]["spt", SMALL.lr, 1] == json.loads(json.dumps(numbers(alone)))
 
@@ -405,6 +407,148 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------
+# Claims and theory
+# ---------------------------------------------------------------------------------------------
+def test_every_verdict_can_fail():
+    names = [name for claim in spt.CLAIMS for name in claim.rows]
+    assert len(names) == len(set(names))
+    good, bad = (SimpleNamespace(train=a, test=a, near=n, steps=s) for a, n, s in ((1, 0.4, 400), (0.5, 0.03, math.inf)))
+    learns = ("SPT", "text: SPT", "SPT, 200 sequences", "only qk copied", "SPT, qk frozen for labels",
+              "labels, rotary positions", "labels, distance bias")
+    measured = {name: good if name in learns else bad for name in names}
+    measured["labels, 10x steps"] = SimpleNamespace(test=0.9, steps=4000)
+    measured["bag: labels only"] = measured["bag: SPT"] = good
+    swapped = {name: bad if m is good else good for name, m in measured.items()}
+    swapped["bag: SPT"], swapped["labels, 10x steps"] = good, SimpleNamespace(test=0.9, steps=401)
+    for claim in spt.CLAIMS:
+        assert claim.holds(measured) and not claim.holds(swapped), claim.title
+
+
+def test_reproduce_quick_holds_and_says_so(tmp_path, capfd):
+    path = tmp_path / "r.jsonl"
+    assert spt.main(["--reproduce", "--quick", "--json", str(path)]) == 0
+    out = capfd.readouterr().out
+    assert "holds" in out and "DOES NOT HOLD" not in out and max(map(len, out.splitlines())) <= 80
+    rows = {json.loads(line)["row"] for line in path.read_text().splitlines()}
+    assert rows == {name for claim in spt.CLAIMS if claim.quick for name in claim.rows}
+
+
+def directions_by_hand(T):
+    """Look left and look right, less the mean over all other offsets, of norm sqrt(T)."""
+    found = {}
+    for name, side in (("look left", -1), ("look right", 1)):
+        d = torch.full((T, T), -1 / (T - 1), dtype=torch.float64)
+        for i in range(T):
+            d[i, i] = 0
+            d[i, (i + side) % T] += 1
+        found[name] = d * math.sqrt(T) / d.norm()
+    return found
+
+
+@pytest.mark.parametrize("at", [0.0, 0.5])
+def test_blind_directions_agree_with_finite_differences(at):
+    inputs = spt.theory_inputs(n=50, seq_len=8)
+    start = at * torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = spt.blind_directions(*inputs, scores=start)
+    for name, direction in directions_by_hand(8).items():
+        up, down = (spt.blind_directions(*inputs, scores=start + step * direction)["loss"] for step in (1e-4, -1e-4))
+        for derivative, high, low in zip(found[name], up, down):
+            assert derivative == pytest.approx((high - low) / 2e-4, abs=1e-9)
+
+
+def test_blind_directions_agree_with_the_closed_form():
+    tokens, labels, is_masked, values, to_class, to_symbol = inputs = spt.theory_inputs(n=40, seq_len=8)
+    total = dict.fromkeys(("look left", "look right"), 0.0)
+    for x, hidden in zip(tokens, is_masked):
+        v = values[torch.where(hidden, 8, x)]
+        mean = v.mean(dim=0)
+        p, slope = (mean.tanh() @ to_symbol).softmax(dim=0), 1 - mean.tanh() ** 2
+        for i in range(8):
+            error = (F.one_hot(x[i], 8) - p) @ to_symbol.T * slope
+            for name, side in (("look left", -1), ("look right", 1)):
+                others = sum(v[j] for j in range(8) if j != i) / 7
+                total[name] -= hidden[i].item() * (error @ (v[(i + side) % 8] - others)).item() / 8
+    scale = math.sqrt(8) / math.sqrt(8 * (36 / 49 + 6 / 49))
+    found = spt.blind_directions(*inputs)
+    for name, value in total.items():
+        assert found[name][1] == pytest.approx(scale * value / is_masked.sum().item(), rel=1e-9)
+
+
+def test_labels_are_blind_along_circulant_directions_and_only_there():
+    for seed in range(3):
+        found = spt.blind_directions(*spt.theory_inputs(seed=seed), seed=seed)
+        del found["loss"]
+        label, masked = found.pop("random, not circulant")
+        assert abs(label) > 1e-7
+        for label, masked in found.values():
+            assert abs(label) <= 1e-12 and abs(masked) >= 1e-6
+    inputs = spt.theory_inputs()
+    kernels = torch.randn(5, 32, dtype=torch.float64) * torch.tensor([0.0, 1, 3, 10, 30])[:, None]
+    offset = (torch.arange(32) - torch.arange(32)[:, None]) % 32
+    losses = [spt.blind_directions(*inputs, phi=lambda z: z, scores=k[offset])["loss"] for k in kernels]
+    label, masked = zip(*losses)
+    assert max(label) - min(label) < 1e-12 and max(masked) - min(masked) > 0.01
+
+
+def test_without_dependence_the_masked_derivative_vanishes_as_one_over_the_root_of_n():
+    def root_mean_square(n):
+        draws = [spt.blind_directions(*spt.theory_inputs(n=n, seq_len=16, shuffled=True, seed=seed))["look both ways"][1]
+                 for seed in range(60)]
+        return math.sqrt(np.mean(np.square(draws)))
+    assert 0.35 < root_mean_square(400) / root_mean_square(100) < 0.7
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------
+SMALL_FLAGS = "--pretrain-steps 6 --finetune-steps 4 --batch-size 8"
+
+
+def test_own_sequences_are_split_by_class_and_labels_may_be_names(tmp_path):
+    rng = np.random.default_rng(0)
+    tokens, labels = rng.integers(7, size=(100, 6)), np.repeat(["cat", "dog", "eel", "fox"], 25)
+    np.savez(tmp_path / "d.npz", tokens=tokens, labels=labels)
+    x, y, x_test, y_test = tasks.from_file(tmp_path / "d.npz", seed=1)
+    assert np.bincount(y).tolist() == [20] * 4 and np.bincount(y_test).tolist() == [5] * 4
+    names = dict(zip(map(tuple, tokens.tolist()), labels))
+    for part, numbers_of in ((x, y), (x_test, y_test)):
+        assert all(names[tuple(s)] == ["cat", "dog", "eel", "fox"][k] for s, k in zip(part.tolist(), numbers_of))
+    np.savez(tmp_path / "e.npz", tokens=tokens[:60], labels=labels[:60], test_tokens=tokens[60:], test_labels=labels[60:])
+    x, y, x_test, y_test = tasks.from_file(tmp_path / "e.npz")
+    assert (x == tokens[:60]).all() and (x_test == tokens[60:]).all() and y_test.tolist() == [2] * 15 + [3] * 25
+
+
+def test_saved_weights_come_back_and_evaluate_to_the_same_numbers(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("d.npz", tokens=np.arange(240).reshape(40, 6) % 5, labels=np.arange(40) % 3 + 10)
+    flags = ["--data", "d.npz", *SMALL_FLAGS.split(), "--json", "r.jsonl"]
+    assert spt.main([*flags, "--spt", "--save", "m.pt"]) == 0
+    assert spt.main([*flags, "--load", "m.pt", "--finetune-steps", "0"]) == 0
+    first, second = map(json.loads, Path("r.jsonl").read_text().splitlines())
+    assert first["test_accuracy"] == second["test_accuracy"] and first["n_parameters"] == second["n_parameters"]
+    assert first["attention_by_offset"]["fine-tuning"] == second["attention_by_offset"]["start"]
+    assert sorted(os.listdir()) == ["d.npz", "m.pt", "r.jsonl"]
+    capsys.readouterr()
+    for other in (["--n-heads", "4"], ["--d-model", "64"], ["--positions", "none"]):
+        assert spt.main([*flags, "--load", "m.pt", *other]) == 2
+        assert other[0][2:].replace("-", "_") in capsys.readouterr().err
+
+
+def test_a_kill_while_saving_leaves_a_file_that_loads(tmp_path):
+    path, model = tmp_path / "m.pt", spt.new_model(SMALL)
+    spt.save_weights(path, model, SMALL)
+    for moment in np.random.default_rng(0).uniform(0, 0.03, size=20):
+        child = os.fork()
+        if child == 0:
+            while True:
+                spt.save_weights(path, model, SMALL)
+        time.sleep(moment)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        spt.load_weights(path, model, SMALL)
+
+
+# ---------------------------------------------------------------------------------------------
 # Bad input
 # ---------------------------------------------------------------------------------------------
 BAD_FLAGS = """
@@ -416,8 +560,19 @@ BAD_FLAGS = """
 --d-ff 0 | --device abacus | --device cuda:99 | --text {tmp}/none.txt --task text | --text {tmp} --task text
 --text {tmp}/empty.txt --task text | --text {tmp}/binary --task text | --text {tmp}/short.txt --task text
 --text {tmp}/short.txt | --json {tmp} | --json {tmp}/no/such/folder/r.jsonl | --task bag --vocab-size 7
---task texture --seq-len 60 | --n-train 10000000 --seq-len 65536 | --batch-size 100000 --seq-len 65536 | stray
+--save {tmp} | --save {tmp}/no/m.pt | --load {tmp}/none.pt | --load {tmp}/bad.pt | --load {tmp}/zip.pt | --load {tmp}
+--compare --save {tmp}/m.pt | --data {tmp}/d.npz --seq-len 6 | --task texture --seq-len 60 | --n-train 10000000 --seq-len 65536 | --batch-size 100000 --seq-len 65536 | stray
 """
+
+
+class Payload:
+    """Unpickled, it makes a file: what must not happen."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.path),)
 
 
 @pytest.mark.parametrize("flags", BAD_FLAGS.replace("\n", " | ").strip(" |").split(" | "))
@@ -426,6 +581,8 @@ def test_bad_input_is_one_line_and_status_2(flags, tmp_path, capsys, monkeypatch
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("too short " * 20)
     (tmp_path / "binary").write_bytes(bytes(range(256)) * 200)
+    (tmp_path / "bad.pt").write_bytes(pickle.dumps(Payload(tmp_path / "executed")))
+    torch.save({"config": Payload(tmp_path / "executed"), "weights": {}}, tmp_path / "zip.pt")
     before = sorted(tmp_path.iterdir())
     assert spt.main(flags.format(tmp=tmp_path).split()) == 2
     out, err = capsys.readouterr()
@@ -441,3 +598,37 @@ def test_a_result_that_does_not_fit_on_the_disk_leaves_the_file_as_it_was(tmp_pa
             f"spt.append_json({str(path)!r}, dict(long='x' * 100))")
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert "OSError" in done.stderr and path.read_text() == '{"kept": true}\n'
+
+
+X, Y = np.arange(60).reshape(10, 6) % 5, np.arange(10) % 2
+BAD_ARRAYS = {
+    "floats": dict(tokens=X * 1.0, labels=Y), "NaN": dict(tokens=X * math.nan, labels=Y), "negative": dict(tokens=-X, labels=Y),
+    "one-dimensional": dict(tokens=X[0], labels=Y), "three-dimensional": dict(tokens=X[None], labels=Y),
+    "object tokens": dict(tokens=X.astype(object), labels=Y), "object labels": dict(tokens=X, labels=Y.astype(object)),
+    "ragged": dict(tokens=np.array([[1, 2], [1]], dtype=object), labels=Y[:2]), "strings": dict(tokens=X.astype(str), labels=Y),
+    "other length": dict(tokens=X, labels=Y[:9]), "label matrix": dict(tokens=X, labels=X), "float labels": dict(tokens=X, labels=Y / 2),
+    "one class": dict(tokens=X, labels=Y * 0), "a class of one": dict(tokens=X, labels=Y == 0), "empty": dict(tokens=X[:0], labels=Y[:0]),
+    "no labels": dict(tokens=X), "no tokens": dict(labels=Y), "other names": dict(x=X, y=Y), "nothing": {}, "T of 1": dict(tokens=X[:, :1], labels=Y),
+    "too many symbols": dict(tokens=X + 10**9, labels=Y), "empty test": dict(tokens=X, labels=Y, test_tokens=X[:0], test_labels=Y[:0]),
+    "other T in the test": dict(tokens=X, labels=Y, test_tokens=X[:, :4], test_labels=Y), "half a test": dict(tokens=X, labels=Y, test_tokens=X),
+    "payload": dict(tokens=X, labels=[Payload("executed")] * 10), "complex": dict(tokens=X + 1j, labels=Y), "NaN labels": dict(tokens=X, labels=Y * math.nan),
+    "truncated": None, "no zip": b"PK but not a zip", "a pickle": pickle.dumps(Payload("executed")), "no bytes": b"",
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARRAYS)
+def test_bad_data_files_are_one_line_and_status_2(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(spt, "run", lambda config: pytest.fail("training began"))
+    monkeypatch.chdir(tmp_path)
+    content = BAD_ARRAYS[name]
+    if isinstance(content, bytes):
+        Path("d.npz").write_bytes(content)
+    else:
+        np.savez("d.npz", **(dict(tokens=X, labels=Y) if content is None else content))
+    if content is None:
+        Path("d.npz").write_bytes(Path("d.npz").read_bytes()[:-100])
+    before = Path("d.npz").read_bytes()
+    assert spt.main(["--data", "d.npz", "--spt"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("spt.py: error: ") and "d.npz" in err
+    assert os.listdir() == ["d.npz"] and Path("d.npz").read_bytes() == before
