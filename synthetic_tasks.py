@@ -5,7 +5,7 @@
     texture    a square image, flattened: is it correlated along rows or along columns?
     bag        the control: the label is in the token counts, and order means nothing
 
-Every generator returns `tokens` (n, T) int64 in [0, V) and `labels` (n,) int64 with balanced classes.
+Every generator returns `tokens` (n, T) int64 in [0, V) and `labels` (n,) int64, classes balanced.
 Letters in shape comments: n sequences, T tokens in each, V symbols.
 
     >>> tokens, labels = proximity(n=4, seq_len=8, vocab_size=8, signal=0.5, lag=1, seed=0)
@@ -100,9 +100,10 @@ def text(*, n_train, n_test, seq_len, vocab_size, path=None, seed=0):
     The text is the UTF-8 file `path`; by default Python's own manual (`pydoc_data.topics`, which
     ships with CPython and differs a little between versions). Lower-cased, white space folded to
     single spaces. Its last fifth is the test part; windows of `seq_len` characters never overlap,
-    so none is in both parts. The `vocab_size - 1` most frequent characters of the training part
-    are symbols of their own, all others share the last one. Reversal keeps every character
-    count, so here, too, only order tells.
+    and since manuals repeat themselves, test windows that share a passage of seq_len / 2
+    characters with the training part are left out. The `vocab_size - 1` most frequent characters
+    of the training part are symbols of their own, all others share the last one. Reversal keeps
+    every character count, so here, too, only order tells.
 
     Returns train tokens (n, T), train labels (n,), test tokens and test labels, int64; n is
     `n_train` and `n_test` or as many windows as the text holds, if those are fewer.
@@ -127,11 +128,19 @@ def text(*, n_train, n_test, seq_len, vocab_size, path=None, seed=0):
     frequent = characters[np.argsort(-counts, kind="stable")][:vocab_size - 1]
     symbol = np.full(0x110000, vocab_size - 1)                        # code point -> symbol
     symbol[frequent] = np.arange(len(frequent))
+    half = seq_len // 2
+    known = {raw[i:i + half] for i in range(cut - half + 1)}          # all training passages
+    starts = [range(0, cut - seq_len + 1, seq_len),
+              [start for start in range(cut, len(raw) - seq_len + 1, seq_len)
+               if known.isdisjoint(raw[start + i:start + i + half] for i in range(half + 1))]]
     parts = []
-    for stream, (part, n) in enumerate(((points[:cut], n_train), (points[cut:], n_test))):
+    for stream, (start, n) in enumerate(zip(starts, (n_train, n_test))):
+        if len(start) < 10:
+            raise ValueError(f"text {path or 'of the manual'}: repeats itself, fewer than 10 "
+                             "windows are left to a part")
         rng = np.random.default_rng([seed, stream])
-        windows = symbol[part[:len(part) // seq_len * seq_len]].reshape(-1, seq_len)  # (all, T)
-        windows = windows[rng.permutation(len(windows))[:n]]          # (n, T)
+        chosen = np.array(start)[rng.permutation(len(start))[:n]]     # (n,)
+        windows = symbol[points[chosen[:, None] + np.arange(seq_len)]]  # (n, T)
         labels = rng.permutation(len(windows)) % 2                    # (n,), balanced classes
         parts += [np.where(labels[:, None] == 1, windows, windows[:, ::-1]), labels]
     return tuple(parts)
@@ -175,25 +184,28 @@ def from_file(path, seed=0):
         raise ValueError(f"data {path}: no .npz of plain arrays tokens and labels, test_tokens and "
                          f"test_labels or neither ({type(error).__name__})") from None
     for x, y in parts:
-        if x.ndim != 2 or x.dtype.kind not in "iu" or x.size == 0 or x.shape[1:] != parts[0][0].shape[1:]:
-            raise ValueError(f"data {path}: tokens must be integers (n, T), T the same in both parts; "
-                             f"these are {x.dtype} {x.shape}")
+        if (x.ndim != 2 or x.dtype.kind not in "iu" or x.size == 0
+                or x.shape[1:] != parts[0][0].shape[1:]):
+            raise ValueError(f"data {path}: tokens must be integers (n, T), T the same in both "
+                             f"parts; these are {x.dtype} {x.shape}")
         if y.shape != x.shape[:1] or y.dtype.kind not in "iuU":
-            raise ValueError(f"data {path}: labels must be {len(x)} integers or names, one for each "
-                             f"sequence; these are {y.dtype} {y.shape}")
+            raise ValueError(f"data {path}: labels must be {len(x)} integers or names, one for "
+                             f"each sequence; these are {y.dtype} {y.shape}")
         if x.min() < 0 or x.max() >= 10**5 or x.shape[1] < 2:
             raise ValueError(f"data {path}: needs T >= 2 and tokens from 0 to 99999; "
                              f"T is {x.shape[1]}, tokens are from {x.min()} to {x.max()}")
     x = np.concatenate([x for x, _ in parts]).astype(np.int64)        # (all, T)
     names, y, counts = np.unique(np.concatenate([y for _, y in parts]), return_inverse=True,
                                  return_counts=True)                  # y (all,)
-    if len(names) < 2 or counts.min() < 2:
+    if len(names) < 2 or (len(parts) == 1 and counts.min() < 2):
         raise ValueError(f"data {path}: needs 2 classes or more, each with 2 sequences or more")
     is_test = np.arange(len(x)) >= len(parts[0][0])                   # (all,)
     if len(parts) == 1:
         rng = np.random.default_rng(seed)
         for k, count in enumerate(counts):
             is_test[rng.permutation(np.flatnonzero(y == k))[:max(1, count // 5)]] = True
+    if len(np.unique(y[~is_test])) < len(names):
+        raise ValueError(f"data {path}: every class needs a sequence in the training part")
     return x[~is_test], y[~is_test], x[is_test], y[is_test]
 
 

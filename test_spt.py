@@ -3,11 +3,13 @@ and the gap itself.
 
     python -m pytest -q
 """
+import inspect
 import itertools
 import json
 import math
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -98,7 +100,8 @@ def test_best_possible_accuracy_is_that_of_the_likelihood_ratio(name, sizes):
 
 
 def test_text_windows_come_from_their_own_part_half_of_them_backwards(tmp_path):
-    words = "".join(chr(97 + i * i % 23) + " " * (i % 7 == 0) for i in range(6000))
+    letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvw   "), size=6000)
+    words = "".join(letters[:5900]) + "".join(letters[:100])    # the end repeats the beginning
     (tmp_path / "t.txt").write_text(words.upper(), encoding="utf-8")
     x, y, x_test, y_test = tasks.text(n_train=200, n_test=50, seq_len=16, vocab_size=26,
                                       path=tmp_path / "t.txt", seed=0)
@@ -113,6 +116,8 @@ def test_text_windows_come_from_their_own_part_half_of_them_backwards(tmp_path):
         for window, label in zip(windows, labels):
             string = "".join(letter[s] for s in window)
             assert (string if label else string[::-1]) in places
+    assert not any(folded[:cut].count(p) for p in ("".join(letter[s] for s in w)[::1 if k else -1][i:i + 8]
+                                                   for w, k in zip(x_test, y_test) for i in range(9)))
     default = tasks.make_task("text", n_train=10**6, n_test=10**6, seq_len=64, vocab_size=41)
     assert len(default[0]) > 4000 and default[0].max() == 40 and default[0].min() == 0
 
@@ -145,7 +150,9 @@ def test_rotary_scores_depend_on_the_offset_alone():
     for offset in range(-11, 12):
         assert scores.diagonal(offset).std(correction=0) < 1e-12
     assert scores[0].std() > 1e-3
-    assert torch.allclose(spt.rotate(q.expand(12, 8)).norm(dim=-1), q.norm().expand(12))
+    for t in range(12):    # pairs as complex numbers, times exp(i t / 10000^(2i/D))
+        pairs = torch.view_as_complex(q.view(4, 2)) * torch.exp(1j * t / 10000 ** (torch.arange(4) * 2 / 8).double())
+        assert torch.allclose(spt.rotate(q.expand(12, 8))[t], torch.view_as_real(pairs).flatten())
 
 
 def test_distance_bias_by_hand():
@@ -232,7 +239,7 @@ def test_masked_loss_counts_hidden_tokens_only_and_cannot_see_them():
 
 def test_losses_start_at_the_logarithm_of_the_number_of_choices():
     config = spt.Config()
-    x, y, _, _ = (torch.from_numpy(a) for a in spt.load_data(config))
+    x, y, _, _ = (torch.from_numpy(a) for a in spt.load_data(config)[1])
     model = spt.new_model(config)
     corrupted, is_masked = spt.mask_tokens(x[:256], 8, 0.3)
     assert spt.masked_loss(model, x[:256], corrupted, is_masked).item() == pytest.approx(math.log(8), abs=0.3)
@@ -355,7 +362,7 @@ def test_fine_tuning_starts_from_the_pretrained_encoder_with_nothing_masked(monk
     config = replace(SMALL, spt=True)
     spt.run(config)
     pretrained, fresh = spt.new_model(config), spt.new_model(config).state_dict()
-    spt.pretrain(pretrained, torch.from_numpy(spt.load_data(config)[0]), config)
+    spt.pretrain(pretrained, torch.from_numpy(spt.load_data(config)[1][0]), config)
     for name, weight in pretrained.state_dict().items():
         assert torch.equal(handed[name], fresh[name] if name.startswith("class_head") else weight), name
     assert not torch.equal(handed["token_embedding.weight"], fresh["token_embedding.weight"])
@@ -372,6 +379,9 @@ def test_the_gap_end_to_end(tmp_path, capsys, monkeypatch):
     assert ours["neighbour_attention"]["fine-tuning"] > 5 * labels["neighbour_attention"]["label training"]
     assert (ours["arm"], labels["arm"]) == ("spt", "labels") and ours["chance"] == 0.5 and labels["best_possible"] > 0.99
     assert ours["pretrain_steps"] + ours["finetune_steps"] == labels["pretrain_steps"] + labels["finetune_steps"]
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    mean, deviation = map(float, re.search(r"SPT, lr 0.01 .*?±.*?(\d\.\d+) ± (\d\.\d+)", readme).groups())
+    assert abs(ours["test_accuracy"] - mean) < 4 * deviation + 0.02    # README's number, on this machine
     output = capsys.readouterr().out.splitlines()
     assert f"test accuracy  {labels['test_accuracy']:.3f}" == output[-1] and max(map(len, output)) <= 80
 
@@ -403,7 +413,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path):
     os.killpg(process.pid, signal.SIGINT)    # as a terminal does: to the whole group
     _, stderr = process.communicate(timeout=20)
     assert process.returncode == 130 and b"Traceback" not in stderr
-    assert all(json.loads(line)["task"] == "proximity" for line in path.read_text().splitlines())
+    assert {json.loads(line)["task"] for line in path.read_text().splitlines()} == {"proximity"}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -413,15 +423,17 @@ def test_every_verdict_can_fail():
     names = [name for claim in spt.CLAIMS for name in claim.rows]
     assert len(names) == len(set(names))
     good, bad = (SimpleNamespace(train=a, test=a, near=n, steps=s) for a, n, s in ((1, 0.4, 400), (0.5, 0.03, math.inf)))
-    learns = ("SPT", "text: SPT", "SPT, 200 sequences", "only qk copied", "SPT, qk frozen for labels",
-              "labels, rotary positions", "labels, distance bias")
+    learns = ("SPT", "text: SPT", "SPT, 2 layers", "SPT, 200 sequences", "only qk copied", "bag: SPT",
+              "SPT, qk frozen for labels", "labels, rotary positions", "labels, distance bias", "bag: labels only")
     measured = {name: good if name in learns else bad for name in names}
-    measured["labels, 10x steps"] = SimpleNamespace(test=0.9, steps=4000)
-    measured["bag: labels only"] = measured["bag: SPT"] = good
-    swapped = {name: bad if m is good else good for name, m in measured.items()}
-    swapped["bag: SPT"], swapped["labels, 10x steps"] = good, SimpleNamespace(test=0.9, steps=401)
+    measured["10x steps, lr 0.003"] = SimpleNamespace(test=0.9, steps=4000)
     for claim in spt.CLAIMS:
-        assert claim.holds(measured) and not claim.holds(swapped), claim.title
+        assert claim.holds(measured), claim.title
+        for name in claim.rows:    # swap the numbers of one row alone
+            assert not claim.holds({**measured, name: bad if measured[name] is good else good}), name
+    late, never = SimpleNamespace(test=0.9, steps=4000), SimpleNamespace(test=0.9, steps=math.inf)
+    assert not spt.CLAIMS[2].holds({**measured, "SPT": never, "10x steps, lr 0.003": never})
+    assert not spt.CLAIMS[2].holds({**measured, "SPT": late, "10x steps, lr 0.003": late})
 
 
 def test_reproduce_quick_holds_and_says_so(tmp_path, capfd):
@@ -498,6 +510,16 @@ def test_without_dependence_the_masked_derivative_vanishes_as_one_over_the_root_
     assert 0.35 < root_mean_square(400) / root_mean_square(100) < 0.7
 
 
+def test_in_the_full_model_the_masked_gradient_comes_to_draw_attention_next_door_and_the_labels_does_not():
+    config = spt.recipe("proximity", pretrain_steps=80, finetune_steps=80)
+    x, y = map(torch.from_numpy, spt.load_data(config)[1][:2])
+    for train in (lambda model: spt.pretrain(model, x, config), lambda model: spt.finetune(model, x, y, config)):
+        model = spt.new_model(config)
+        train(model)
+        both = spt.offset_gradients(model, config)["look both ways"]
+        assert both["masked"][0] < -10 * both["masked"][1] and abs(both["label"][0]) < 5 * both["label"][1]
+
+
 # ---------------------------------------------------------------------------------------------
 # Files
 # ---------------------------------------------------------------------------------------------
@@ -506,7 +528,7 @@ SMALL_FLAGS = "--pretrain-steps 6 --finetune-steps 4 --batch-size 8"
 
 def test_own_sequences_are_split_by_class_and_labels_may_be_names(tmp_path):
     rng = np.random.default_rng(0)
-    tokens, labels = rng.integers(7, size=(100, 6)), np.repeat(["cat", "dog", "eel", "fox"], 25)
+    tokens, labels = rng.integers(7, size=(100, 6)), np.tile(["cat", "dog", "eel", "fox"], 25)
     np.savez(tmp_path / "d.npz", tokens=tokens, labels=labels)
     x, y, x_test, y_test = tasks.from_file(tmp_path / "d.npz", seed=1)
     assert np.bincount(y).tolist() == [20] * 4 and np.bincount(y_test).tolist() == [5] * 4
@@ -515,7 +537,7 @@ def test_own_sequences_are_split_by_class_and_labels_may_be_names(tmp_path):
         assert all(names[tuple(s)] == ["cat", "dog", "eel", "fox"][k] for s, k in zip(part.tolist(), numbers_of))
     np.savez(tmp_path / "e.npz", tokens=tokens[:60], labels=labels[:60], test_tokens=tokens[60:], test_labels=labels[60:])
     x, y, x_test, y_test = tasks.from_file(tmp_path / "e.npz")
-    assert (x == tokens[:60]).all() and (x_test == tokens[60:]).all() and y_test.tolist() == [2] * 15 + [3] * 25
+    assert (x == tokens[:60]).all() and (x_test == tokens[60:]).all() and y_test.tolist() == [0, 1, 2, 3] * 10
 
 
 def test_saved_weights_come_back_and_evaluate_to_the_same_numbers(tmp_path, capsys, monkeypatch):
@@ -549,6 +571,40 @@ def test_a_kill_while_saving_leaves_a_file_that_loads(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------
+# What README promises
+# ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name, use", [
+    ("Attention", lambda piece: piece(8, 2)(torch.randn(2, 5, 8), return_weights=True)[1].sum(dim=-1).mean().detach()),
+    ("sinusoidal_positions", lambda piece: piece(7, 4)[0, 1]),
+    ("rotate", lambda piece: piece(torch.ones(3, 4))[0, 0]),
+    ("distance_bias", lambda piece: piece(2, 4).exp()[0, 0, 0]),
+    ("mask_tokens", lambda piece: piece(torch.ones(2, 3, dtype=torch.int64), 5, 0.0)[0].double().mean()),
+    ("attention_by_offset", lambda piece: piece(spt.new_model(SMALL), tokens_like(SMALL)).sum(dim=-1).mean()),
+    ("blind_directions", lambda piece: 1 + piece(*spt.theory_inputs(n=20, seq_len=8))["look left"][0]),
+    ("proximity", lambda piece: piece(n=4, seq_len=5, vocab_size=4)[1].sum() / 2),
+])
+def test_a_piece_works_when_its_source_alone_is_pasted(name, use):
+    source = inspect.getsource(getattr(tasks if name == "proximity" else spt, name))
+    scope = {}
+    exec("import math, numpy as np, torch; from torch import nn; from torch.nn import functional as F\n" + source, scope)
+    assert float(use(scope[name])) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_worked_diffs_of_the_readme_apply_and_run(tmp_path):
+    diffs = re.findall(r"```diff\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), flags=re.S)
+    for file, diff in zip(("synthetic_tasks.py", "spt.py"), diffs, strict=True):
+        source = (HERE / file).read_text(encoding="utf-8")
+        for hunk in diff.split("@@\n"):
+            old, new = ("".join(line[1:] for line in hunk.splitlines(True) if line[0] in keep) for keep in (" -", " +"))
+            assert source.count(old) == 1, old
+            source = source.replace(old, new)
+        (tmp_path / file).write_text(source, encoding="utf-8")
+    done = subprocess.run([sys.executable, "spt.py", "--task", "first", "--positions", "ramp", "--spt", *SMALL_FLAGS.split()],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "test accuracy" in done.stdout, done.stderr
+
+
+# ---------------------------------------------------------------------------------------------
 # Bad input
 # ---------------------------------------------------------------------------------------------
 BAD_FLAGS = """
@@ -561,7 +617,7 @@ BAD_FLAGS = """
 --text {tmp}/empty.txt --task text | --text {tmp}/binary --task text | --text {tmp}/short.txt --task text
 --text {tmp}/short.txt | --json {tmp} | --json {tmp}/no/such/folder/r.jsonl | --task bag --vocab-size 7
 --save {tmp} | --save {tmp}/no/m.pt | --load {tmp}/none.pt | --load {tmp}/bad.pt | --load {tmp}/zip.pt | --load {tmp}
---compare --save {tmp}/m.pt | --data {tmp}/d.npz --seq-len 6 | --task texture --seq-len 60 | --n-train 10000000 --seq-len 65536 | --batch-size 100000 --seq-len 65536 | stray
+--compare --save {tmp}/m.pt | --data {tmp}/d.npz --seq-len 6 | --compare --reproduce | --reproduce --lr 0.1 | --theory --task bag | --task texture --seq-len 60 | --n-train 10000000 --seq-len 65536 | --batch-size 100000 --seq-len 65536 | stray
 """
 
 
