@@ -140,12 +140,14 @@ RECIPES = {
                  finetune_steps=300),
     "texture": dict(signal=0.6, finetune_steps=200),
     "bag": dict(signal=0.2),
+    "data": dict(pretrain_steps=400, finetune_steps=400),    # --data FILE
 }
 
 
 def recipe(task, **changes):
     """Config of `task`: the defaults, then the task's own recipe, then `changes`."""
-    return Config(**{"task": task, **RECIPES.get(task, {}), **changes})
+    own = RECIPES.get("data" if "data" in changes else task, {})
+    return Config(**{"task": task, **own, **changes})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -761,7 +763,7 @@ def compare(config):
     say("  test accuracy over steps; SPT spends its first on masked tokens")
     for name in (best, spt):
         steps, heights = mean_curve([r["curve"] for r in groups[name]])
-        say(f"  {name:<21}{bars(heights, 1):>20}  to step {steps[-1]:,}")
+        say(f"  {name:<21}{bars(heights, 1):>21}  to step {steps[-1]:,}")
     show_attention(groups[best] + groups[spt])
 
 

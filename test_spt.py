@@ -1,5 +1,5 @@
-"""Behaviour of spt.py and synthetic_tasks.py: oracles written another way, properties, exact symmetries,
-and the gap itself.
+"""Behaviour of spt.py and synthetic_tasks.py: oracles written another way, properties,
+exact symmetries, and the gap itself.
 
     python -m pytest -q
 """
@@ -29,12 +29,14 @@ import synthetic_tasks as tasks
 
 torch.set_num_threads(1)    # tiny products only wait for a second thread
 HERE = Path(__file__).parent
-SMALL = spt.Config(n_train=64, n_test=32, seq_len=9, vocab_size=5, pretrain_steps=6, finetune_steps=4, batch_size=8)
+SMALL = spt.Config(n_train=64, n_test=32, seq_len=9, vocab_size=5, pretrain_steps=6,
+                   finetune_steps=4, batch_size=8)
 
 
 def tokens_like(config, n=4, seed=0):
     """Random tokens (n, T), the mask symbol among them."""
-    return torch.randint(config.vocab_size + 1, (n, config.seq_len), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(config.vocab_size + 1, (n, config.seq_len),
+                         generator=torch.Generator().manual_seed(seed))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -57,7 +59,8 @@ def likelihood(name, x, label, V, signal, lag=1):
 
 
 @pytest.mark.parametrize("name, sizes", [
-    ("proximity", dict(seq_len=4, vocab_size=3, lag=1)), ("proximity", dict(seq_len=4, vocab_size=4, lag=2)),
+    ("proximity", dict(seq_len=4, vocab_size=3, lag=1)),
+    ("proximity", dict(seq_len=4, vocab_size=4, lag=2)),
     ("texture", dict(seq_len=4, vocab_size=3)), ("bag", dict(seq_len=3, vocab_size=4))])
 def test_sequences_follow_the_law_of_their_class(name, sizes):
     n, signal = 40_000, 0.45
@@ -77,16 +80,20 @@ def test_sequences_follow_the_law_of_their_class(name, sizes):
 def test_proximity_reversal_swaps_the_classes_and_counts_say_nothing():
     V, signal = 5, 0.5
     for x in itertools.product(range(V), repeat=4):
-        assert likelihood("proximity", x, 1, V, signal) == pytest.approx(likelihood("proximity", x[::-1], 0, V, signal))
+        assert (likelihood("proximity", x, 1, V, signal)
+                == pytest.approx(likelihood("proximity", x[::-1], 0, V, signal)))
     tokens, labels = tasks.proximity(n=20_000, seq_len=16, vocab_size=8, signal=0.5, lag=1, seed=0)
     for label in (0, 1):
-        shares = np.bincount(tokens[labels == label].ravel(), minlength=8) / tokens[labels == label].size
+        shares = (np.bincount(tokens[labels == label].ravel(), minlength=8)
+                  / tokens[labels == label].size)
         assert np.abs(shares - 1 / 8).max() < 0.005
-    assert abs(tasks.count_baseline(tokens[::2], labels[::2], tokens[1::2], labels[1::2]) - 0.5) < 0.02
+    assert abs(tasks.count_baseline(tokens[::2], labels[::2],
+                                    tokens[1::2], labels[1::2]) - 0.5) < 0.02
 
 
 @pytest.mark.parametrize("name, sizes", [
-    ("proximity", dict(seq_len=9, vocab_size=4, lag=1)), ("proximity", dict(seq_len=9, vocab_size=3, lag=3)),
+    ("proximity", dict(seq_len=9, vocab_size=4, lag=1)),
+    ("proximity", dict(seq_len=9, vocab_size=3, lag=3)),
     ("texture", dict(seq_len=16, vocab_size=3)), ("bag", dict(seq_len=8, vocab_size=6))])
 def test_best_possible_accuracy_is_that_of_the_likelihood_ratio(name, sizes):
     signal, lag = 0.3, sizes.get("lag", 1)
@@ -95,7 +102,8 @@ def test_best_possible_accuracy_is_that_of_the_likelihood_ratio(name, sizes):
     for x, label in zip(tokens.tolist(), labels):
         up, down = (likelihood(name, x, k, sizes["vocab_size"], signal, lag) for k in (1, 0))
         right += 0.5 if math.isclose(up, down) else float((up > down) == label)
-    best = tasks.best_possible_accuracy(name, tokens, labels, vocab_size=sizes["vocab_size"], lag=lag)
+    best = tasks.best_possible_accuracy(name, tokens, labels,
+                                        vocab_size=sizes["vocab_size"], lag=lag)
     assert best == pytest.approx(right / 300) and 0.6 < best < 1
 
 
@@ -108,16 +116,18 @@ def test_text_windows_come_from_their_own_part_half_of_them_backwards(tmp_path):
     folded = " ".join(words.split())
     cut = len(folded) * 4 // 5
     assert x.shape == (200, 16) and x_test.shape == (50, 16) and y.sum() == 100
-    letter = {}    # symbol -> character, read off the windows themselves: every one must fit the text
-    by_frequency = [c for c, _ in sorted(Counter(folded[:cut]).items(), key=lambda item: (-item[1], item[0]))]
+    letter = {}    # symbol -> character, read off the windows: every one must fit the text
+    by_frequency = [c for c, _ in sorted(Counter(folded[:cut]).items(),
+                                         key=lambda item: (-item[1], item[0]))]
     letter.update(enumerate(by_frequency))
     for part, windows, labels in ((folded[:cut], x, y), (folded[cut:], x_test, y_test)):
         places = {part[i:i + 16] for i in range(0, len(part) - 15, 16)}
         for window, label in zip(windows, labels):
             string = "".join(letter[s] for s in window)
             assert (string if label else string[::-1]) in places
-    assert not any(folded[:cut].count(p) for p in ("".join(letter[s] for s in w)[::1 if k else -1][i:i + 8]
-                                                   for w, k in zip(x_test, y_test) for i in range(9)))
+    assert not any(folded[:cut].count(p)
+                   for p in ("".join(letter[s] for s in w)[::1 if k else -1][i:i + 8]
+                             for w, k in zip(x_test, y_test) for i in range(9)))
     default = tasks.make_task("text", n_train=10**6, n_test=10**6, seq_len=64, vocab_size=41)
     assert len(default[0]) > 4000 and default[0].max() == 40 and default[0].min() == 0
 
@@ -137,8 +147,10 @@ def test_sinusoidal_positions_by_the_formula():
     table = spt.sinusoidal_positions(20, 8).double()
     for t in range(20):
         for i in range(4):
-            assert table[t, 2 * i].item() == pytest.approx(math.sin(t / 10000 ** (2 * i / 8)), abs=1e-5)
-            assert table[t, 2 * i + 1].item() == pytest.approx(math.cos(t / 10000 ** (2 * i / 8)), abs=1e-5)
+            assert table[t, 2 * i].item() == pytest.approx(math.sin(t / 10000 ** (2 * i / 8)),
+                                                           abs=1e-5)
+            assert table[t, 2 * i + 1].item() == pytest.approx(math.cos(t / 10000 ** (2 * i / 8)),
+                                                               abs=1e-5)
     products = table @ table.T
     for offset in range(20):
         assert products.diagonal(offset).std(correction=0) < 1e-5
@@ -151,7 +163,8 @@ def test_rotary_scores_depend_on_the_offset_alone():
         assert scores.diagonal(offset).std(correction=0) < 1e-12
     assert scores[0].std() > 1e-3
     for t in range(12):    # pairs as complex numbers, times exp(i t / 10000^(2i/D))
-        pairs = torch.view_as_complex(q.view(4, 2)) * torch.exp(1j * t / 10000 ** (torch.arange(4) * 2 / 8).double())
+        pairs = (torch.view_as_complex(q.view(4, 2))
+                 * torch.exp(1j * t / 10000 ** (torch.arange(4) * 2 / 8).double()))
         assert torch.allclose(spt.rotate(q.expand(12, 8))[t], torch.view_as_real(pairs).flatten())
 
 
@@ -161,7 +174,8 @@ def test_distance_bias_by_hand():
     assert left == [[0, -inf, -inf], [-1, 0, -inf], [-2, -1, 0]]
     assert right == [[0, -1, -2], [-inf, 0, -1], [-inf, -inf, 0]]
     assert left_half[2] == [-1, -0.5, 0]
-    assert spt.distance_bias(1, 3, one_sided=False).tolist() == [[[0, -1, -2], [-1, 0, -1], [-2, -1, 0]]]
+    assert spt.distance_bias(1, 3, one_sided=False).tolist() == [[[0, -1, -2], [-1, 0, -1],
+                                                                  [-2, -1, 0]]]
 
 
 @torch.no_grad()
@@ -175,7 +189,8 @@ def attention_by_loops(attention, x):
         q, k, v = x[b] @ wq.T, x[b] @ wk.T, x[b] @ attention.value.weight.T
         for h in range(H):
             part = slice(h * D, (h + 1) * D)
-            qh, kh = (spt.rotate(q[:, part]), spt.rotate(k[:, part])) if attention.rotary else (q[:, part], k[:, part])
+            qh, kh = ((spt.rotate(q[:, part]), spt.rotate(k[:, part])) if attention.rotary
+                      else (q[:, part], k[:, part]))
             for i in range(T):
                 bias = torch.zeros(T) if attention.bias is None else attention.bias[h, i]
                 e = [math.exp(qh[i] @ kh[j] / math.sqrt(D) + bias[j]) for j in range(T)]
@@ -184,14 +199,16 @@ def attention_by_loops(attention, x):
     return out @ attention.out.weight.T
 
 
-@pytest.mark.parametrize("rotary, bias", [(False, None), (True, None), (False, spt.distance_bias(2, 5).double())])
+@pytest.mark.parametrize("rotary, bias", [(False, None), (True, None),
+                                          (False, spt.distance_bias(2, 5).double())])
 def test_attention_equals_nested_loops_and_the_fused_kernel_with_gradients(rotary, bias):
     torch.manual_seed(0)
     attention = spt.Attention(8, 2, rotary=rotary, bias=bias).double()
     x, gradients = torch.randn(2, 5, 8, dtype=torch.float64), []
     readable, weights = attention(x, return_weights=True)
     fused = attention(x)
-    assert torch.allclose(readable, fused) and torch.allclose(weights.sum(dim=-1), torch.ones(2, 2, 5).double())
+    assert (torch.allclose(readable, fused)
+            and torch.allclose(weights.sum(dim=-1), torch.ones(2, 2, 5).double()))
     assert torch.allclose(readable, attention_by_loops(attention, x))
     for y in (readable, fused):
         gradients.append(torch.autograd.grad(y.square().sum(), list(attention.parameters())))
@@ -199,8 +216,9 @@ def test_attention_equals_nested_loops_and_the_fused_kernel_with_gradients(rotar
         assert torch.allclose(a, b) and a.abs().max() > 0
 
 
-@pytest.mark.parametrize("positions, blind", [("none", True), ("symmetric", True), ("sinusoidal", False),
-                                              ("learned", False), ("rotary", False), ("distance", False)])
+@pytest.mark.parametrize("positions, blind", [("none", True), ("symmetric", True),
+                                              ("sinusoidal", False), ("learned", False),
+                                              ("rotary", False), ("distance", False)])
 def test_without_order_a_sequence_and_its_reverse_look_alike(positions, blind):
     config = replace(SMALL, positions=positions, n_layers=2)
     model, tokens = spt.new_model(config).double(), tokens_like(config)
@@ -230,9 +248,9 @@ def test_masked_loss_counts_hidden_tokens_only_and_cannot_see_them():
     losses = [-log_p[b, t, tokens[b, t]] for b in range(4) for t in range(9) if is_masked[b, t]]
     loss = spt.masked_loss(model, tokens, corrupted, is_masked).item()
     assert loss == pytest.approx(sum(losses).item() / len(losses))
-    elsewhere = torch.where(is_masked, tokens, (tokens + 1) % 5)    # other targets where nothing is hidden
+    elsewhere = torch.where(is_masked, tokens, (tokens + 1) % 5)    # others where nothing is hidden
     assert spt.masked_loss(model, elsewhere, corrupted, is_masked).item() == loss
-    assert (corrupted[is_masked] == 5).all()                        # so the model cannot see the answer
+    assert (corrupted[is_masked] == 5).all()    # so the model cannot see the answer
     nothing = torch.zeros_like(is_masked)
     assert spt.masked_loss(model, tokens, tokens, nothing).item() == 0
 
@@ -242,8 +260,10 @@ def test_losses_start_at_the_logarithm_of_the_number_of_choices():
     x, y, _, _ = (torch.from_numpy(a) for a in spt.load_data(config)[1])
     model = spt.new_model(config)
     corrupted, is_masked = spt.mask_tokens(x[:256], 8, 0.3)
-    assert spt.masked_loss(model, x[:256], corrupted, is_masked).item() == pytest.approx(math.log(8), abs=0.3)
-    assert F.cross_entropy(model.classify(x[:256]), y[:256]).item() == pytest.approx(math.log(2), abs=0.3)
+    assert (spt.masked_loss(model, x[:256], corrupted, is_masked).item()
+            == pytest.approx(math.log(8), abs=0.3))
+    assert (F.cross_entropy(model.classify(x[:256]), y[:256]).item()
+            == pytest.approx(math.log(2), abs=0.3))
 
 
 @pytest.mark.parametrize("phase", ["pretrain", "finetune"])
@@ -259,7 +279,8 @@ def test_adamw_takes_the_steps_of_torch():
     start = torch.randn(3, 4, dtype=torch.float64)
     ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
     optimizer = spt.AdamW([ours])
-    reference = torch.optim.AdamW([theirs], betas=optimizer.betas, weight_decay=optimizer.weight_decay)
+    reference = torch.optim.AdamW([theirs], betas=optimizer.betas,
+                                  weight_decay=optimizer.weight_decay)
     for step in range(5):
         for group in reference.param_groups:
             group["lr"] = 0.1 / (step + 1)
@@ -275,7 +296,8 @@ def test_adamw_takes_the_steps_of_torch():
 def test_a_loss_that_is_no_number_stops_the_run():
     model = spt.new_model(SMALL)
     with pytest.raises(FloatingPointError, match="pretraining"):
-        spt.optimize(model, lambda rows: model.norm.weight.sum() * math.nan, 8, 3, SMALL, "pretraining")
+        spt.optimize(model, lambda rows: model.norm.weight.sum() * math.nan, 8, 3, SMALL,
+                     "pretraining")
 
 
 def test_accuracy_equals_a_loop_over_sequences():
@@ -302,7 +324,8 @@ def test_transfer_moves_exactly_what_it_names(which):
     spt.transfer(source, target, which)
     source, target, fresh = source.state_dict(), target.state_dict(), fresh.state_dict()
     encoder = {name for name in source if not name.startswith("class_head")}
-    moved = {"all": encoder, "qk": query_key_names(encoder), "not-qk": encoder - query_key_names(encoder)}[which]
+    moved = {"all": encoder, "qk": query_key_names(encoder),
+             "not-qk": encoder - query_key_names(encoder)}[which]
     assert len(query_key_names(encoder)) == 2
     for name in source:
         assert torch.equal(target[name], (source if name in moved else fresh)[name]), name
@@ -327,8 +350,10 @@ def test_frozen_query_key_maps_stay_as_they_are():
     config = replace(SMALL, freeze_qk=True)
     model, before = spt.new_model(config), spt.new_model(config).state_dict()
     spt.finetune(model, torch.randint(5, (16, 9)), torch.arange(16) % 2, config)
-    kept = {name for name, weight in model.state_dict().items() if torch.equal(weight, before[name])}
-    assert kept == query_key_names(before) | {"reconstruction_head.weight", "reconstruction_head.bias"}
+    kept = {name for name, weight in model.state_dict().items()
+            if torch.equal(weight, before[name])}
+    assert kept == query_key_names(before) | {"reconstruction_head.weight",
+                                              "reconstruction_head.bias"}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -356,7 +381,8 @@ def test_fine_tuning_starts_from_the_pretrained_encoder_with_nothing_masked(monk
 
     def spy(model, tokens, labels, config, on_step=None):
         handed.update({name: weight.clone() for name, weight in model.state_dict().items()})
-        model.token_embedding.register_forward_pre_hook(lambda _, inputs: seen.update(inputs[0].unique().tolist()))
+        model.token_embedding.register_forward_pre_hook(lambda _, inputs:
+                                                        seen.update(inputs[0].unique().tolist()))
         return finetune(model, tokens, labels, config, on_step)
     monkeypatch.setattr(spt, "finetune", spy)
     config = replace(SMALL, spt=True)
@@ -364,7 +390,8 @@ def test_fine_tuning_starts_from_the_pretrained_encoder_with_nothing_masked(monk
     pretrained, fresh = spt.new_model(config), spt.new_model(config).state_dict()
     spt.pretrain(pretrained, torch.from_numpy(spt.load_data(config)[1][0]), config)
     for name, weight in pretrained.state_dict().items():
-        assert torch.equal(handed[name], fresh[name] if name.startswith("class_head") else weight), name
+        assert torch.equal(handed[name],
+                           fresh[name] if name.startswith("class_head") else weight), name
     assert not torch.equal(handed["token_embedding.weight"], fresh["token_embedding.weight"])
     assert seen == set(range(config.vocab_size))
 
@@ -376,23 +403,30 @@ def test_the_gap_end_to_end(tmp_path, capsys, monkeypatch):
         assert spt.main(["--task", "proximity", "--seed", "5", "--json", str(path), *flags]) == 0
     ours, labels = map(json.loads, path.read_text().splitlines())
     assert ours["test_accuracy"] >= 0.9 and labels["test_accuracy"] <= 0.6
-    assert ours["neighbour_attention"]["fine-tuning"] > 5 * labels["neighbour_attention"]["label training"]
-    assert (ours["arm"], labels["arm"]) == ("spt", "labels") and ours["chance"] == 0.5 and labels["best_possible"] > 0.99
-    assert ours["pretrain_steps"] + ours["finetune_steps"] == labels["pretrain_steps"] + labels["finetune_steps"]
+    assert (ours["neighbour_attention"]["fine-tuning"]
+            > 5 * labels["neighbour_attention"]["label training"])
+    assert ((ours["arm"], labels["arm"]) == ("spt", "labels") and ours["chance"] == 0.5
+            and labels["best_possible"] > 0.99)
+    assert (ours["pretrain_steps"] + ours["finetune_steps"]
+            == labels["pretrain_steps"] + labels["finetune_steps"])
     readme = (HERE / "README.md").read_text(encoding="utf-8")
-    mean, deviation = map(float, re.search(r"SPT, lr 0.01 .*?±.*?(\d\.\d+) ± (\d\.\d+)", readme).groups())
-    assert abs(ours["test_accuracy"] - mean) < 4 * deviation + 0.02    # README's number, on this machine
+    mean, deviation = map(float, re.search(r"SPT, lr 0.01 .*?±.*?(\d\.\d+) ± (\d\.\d+)",
+                                           readme).groups())
+    assert abs(ours["test_accuracy"] - mean) < 4 * deviation + 0.02    # README's number, here
     output = capsys.readouterr().out.splitlines()
-    assert f"test accuracy  {labels['test_accuracy']:.3f}" == output[-1] and max(map(len, output)) <= 80
+    assert (f"test accuracy  {labels['test_accuracy']:.3f}" == output[-1]
+            and max(map(len, output)) <= 80)
 
 
 def test_compare_gives_the_numbers_of_single_runs_for_any_number_of_jobs(tmp_path):
-    flags = "--n-train 64 --n-test 32 --seq-len 9 --vocab-size 5 --pretrain-steps 6 --finetune-steps 4 --batch-size 8"
+    flags = ("--n-train 64 --n-test 32 --seq-len 9 --vocab-size 5 "
+             "--pretrain-steps 6 --finetune-steps 4 --batch-size 8")
     lines = {}
     for jobs in ("1", "2"):
         path = tmp_path / jobs
-        done = subprocess.run([sys.executable, "spt.py", "--compare", "--seeds", "2", "--jobs", jobs, "--json", path,
-                               *flags.split()], cwd=HERE, capture_output=True, text=True, check=True)
+        done = subprocess.run([sys.executable, "spt.py", "--compare", "--seeds", "2",
+                               "--jobs", jobs, "--json", path, *flags.split()],
+                              cwd=HERE, capture_output=True, text=True, check=True)
         assert done.stderr == "" and max(map(len, done.stdout.splitlines())) <= 80
         results = map(json.loads, path.read_text().splitlines())
         lines[jobs] = {(r["arm"], r["lr"], r["seed"]): numbers(r) for r in results}
@@ -403,8 +437,8 @@ def test_compare_gives_the_numbers_of_single_runs_for_any_number_of_jobs(tmp_pat
 
 def test_ctrl_c_keeps_what_is_finished(tmp_path):
     path = tmp_path / "results.jsonl"
-    process = subprocess.Popen([sys.executable, "spt.py", "--compare", "--seeds", "50", "--pretrain-steps", "20",
-                                "--finetune-steps", "10", "--json", path],
+    process = subprocess.Popen([sys.executable, "spt.py", "--compare", "--seeds", "50",
+                                "--pretrain-steps", "20", "--finetune-steps", "10", "--json", path],
                                cwd=HERE, stderr=subprocess.PIPE, start_new_session=True)
     for _ in range(600):
         if path.exists() and path.stat().st_size:
@@ -422,15 +456,18 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path):
 def test_every_verdict_can_fail():
     names = [name for claim in spt.CLAIMS for name in claim.rows]
     assert len(names) == len(set(names))
-    good, bad = (SimpleNamespace(train=a, test=a, near=n, steps=s) for a, n, s in ((1, 0.4, 400), (0.5, 0.03, math.inf)))
-    learns = ("SPT", "text: SPT", "SPT, 2 layers", "SPT, 200 sequences", "only qk copied", "bag: SPT",
-              "SPT, qk frozen for labels", "labels, rotary positions", "labels, distance bias", "bag: labels only")
+    good, bad = (SimpleNamespace(train=a, test=a, near=n, steps=s)
+                 for a, n, s in ((1, 0.4, 400), (0.5, 0.03, math.inf)))
+    learns = ("SPT", "text: SPT", "SPT, 2 layers", "SPT, 200 sequences", "only qk copied",
+              "bag: SPT", "SPT, qk frozen for labels", "labels, rotary positions",
+              "labels, distance bias", "bag: labels only")
     measured = {name: good if name in learns else bad for name in names}
     measured["10x steps, lr 0.003"] = SimpleNamespace(test=0.9, steps=4000)
     for claim in spt.CLAIMS:
         assert claim.holds(measured), claim.title
         for name in claim.rows:    # swap the numbers of one row alone
-            assert not claim.holds({**measured, name: bad if measured[name] is good else good}), name
+            assert not claim.holds({**measured,
+                                    name: bad if measured[name] is good else good}), name
     late, never = SimpleNamespace(test=0.9, steps=4000), SimpleNamespace(test=0.9, steps=math.inf)
     assert not spt.CLAIMS[2].holds({**measured, "SPT": never, "10x steps, lr 0.003": never})
     assert not spt.CLAIMS[2].holds({**measured, "SPT": late, "10x steps, lr 0.003": late})
@@ -463,13 +500,15 @@ def test_blind_directions_agree_with_finite_differences(at):
     start = at * torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     found = spt.blind_directions(*inputs, scores=start)
     for name, direction in directions_by_hand(8).items():
-        up, down = (spt.blind_directions(*inputs, scores=start + step * direction)["loss"] for step in (1e-4, -1e-4))
+        up, down = (spt.blind_directions(*inputs, scores=start + step * direction)["loss"]
+                    for step in (1e-4, -1e-4))
         for derivative, high, low in zip(found[name], up, down):
             assert derivative == pytest.approx((high - low) / 2e-4, abs=1e-9)
 
 
 def test_blind_directions_agree_with_the_closed_form():
-    tokens, labels, is_masked, values, to_class, to_symbol = inputs = spt.theory_inputs(n=40, seq_len=8)
+    (tokens, labels, is_masked, values,
+     to_class, to_symbol) = inputs = spt.theory_inputs(n=40, seq_len=8)
     total = dict.fromkeys(("look left", "look right"), 0.0)
     for x, hidden in zip(tokens, is_masked):
         v = values[torch.where(hidden, 8, x)]
@@ -497,27 +536,31 @@ def test_labels_are_blind_along_circulant_directions_and_only_there():
     inputs = spt.theory_inputs()
     kernels = torch.randn(5, 32, dtype=torch.float64) * torch.tensor([0.0, 1, 3, 10, 30])[:, None]
     offset = (torch.arange(32) - torch.arange(32)[:, None]) % 32
-    losses = [spt.blind_directions(*inputs, phi=lambda z: z, scores=k[offset])["loss"] for k in kernels]
+    losses = [spt.blind_directions(*inputs, phi=lambda z: z, scores=k[offset])["loss"]
+              for k in kernels]
     label, masked = zip(*losses)
     assert max(label) - min(label) < 1e-12 and max(masked) - min(masked) > 0.01
 
 
 def test_without_dependence_the_masked_derivative_vanishes_as_one_over_the_root_of_n():
     def root_mean_square(n):
-        draws = [spt.blind_directions(*spt.theory_inputs(n=n, seq_len=16, shuffled=True, seed=seed))["look both ways"][1]
+        draws = [spt.blind_directions(*spt.theory_inputs(n=n, seq_len=16, shuffled=True,
+                                                         seed=seed))["look both ways"][1]
                  for seed in range(60)]
         return math.sqrt(np.mean(np.square(draws)))
     assert 0.35 < root_mean_square(400) / root_mean_square(100) < 0.7
 
 
-def test_in_the_full_model_the_masked_gradient_comes_to_draw_attention_next_door_and_the_labels_does_not():
+def test_in_the_full_model_only_the_masked_gradient_comes_to_draw_attention_next_door():
     config = spt.recipe("proximity", pretrain_steps=80, finetune_steps=80)
     x, y = map(torch.from_numpy, spt.load_data(config)[1][:2])
-    for train in (lambda model: spt.pretrain(model, x, config), lambda model: spt.finetune(model, x, y, config)):
+    for train in (lambda model: spt.pretrain(model, x, config),
+                  lambda model: spt.finetune(model, x, y, config)):
         model = spt.new_model(config)
         train(model)
         both = spt.offset_gradients(model, config)["look both ways"]
-        assert both["masked"][0] < -10 * both["masked"][1] and abs(both["label"][0]) < 5 * both["label"][1]
+        assert (both["masked"][0] < -10 * both["masked"][1]
+                and abs(both["label"][0]) < 5 * both["label"][1])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -534,10 +577,13 @@ def test_own_sequences_are_split_by_class_and_labels_may_be_names(tmp_path):
     assert np.bincount(y).tolist() == [20] * 4 and np.bincount(y_test).tolist() == [5] * 4
     names = dict(zip(map(tuple, tokens.tolist()), labels))
     for part, numbers_of in ((x, y), (x_test, y_test)):
-        assert all(names[tuple(s)] == ["cat", "dog", "eel", "fox"][k] for s, k in zip(part.tolist(), numbers_of))
-    np.savez(tmp_path / "e.npz", tokens=tokens[:60], labels=labels[:60], test_tokens=tokens[60:], test_labels=labels[60:])
+        assert all(names[tuple(s)] == ["cat", "dog", "eel", "fox"][k]
+                   for s, k in zip(part.tolist(), numbers_of))
+    np.savez(tmp_path / "e.npz", tokens=tokens[:60], labels=labels[:60],
+             test_tokens=tokens[60:], test_labels=labels[60:])
     x, y, x_test, y_test = tasks.from_file(tmp_path / "e.npz")
-    assert (x == tokens[:60]).all() and (x_test == tokens[60:]).all() and y_test.tolist() == [0, 1, 2, 3] * 10
+    assert ((x == tokens[:60]).all() and (x_test == tokens[60:]).all()
+            and y_test.tolist() == [0, 1, 2, 3] * 10)
 
 
 def test_saved_weights_come_back_and_evaluate_to_the_same_numbers(tmp_path, capsys, monkeypatch):
@@ -547,7 +593,8 @@ def test_saved_weights_come_back_and_evaluate_to_the_same_numbers(tmp_path, caps
     assert spt.main([*flags, "--spt", "--save", "m.pt"]) == 0
     assert spt.main([*flags, "--load", "m.pt", "--finetune-steps", "0"]) == 0
     first, second = map(json.loads, Path("r.jsonl").read_text().splitlines())
-    assert first["test_accuracy"] == second["test_accuracy"] and first["n_parameters"] == second["n_parameters"]
+    assert (first["test_accuracy"] == second["test_accuracy"]
+            and first["n_parameters"] == second["n_parameters"])
     assert first["attention_by_offset"]["fine-tuning"] == second["attention_by_offset"]["start"]
     assert sorted(os.listdir()) == ["d.npz", "m.pt", "r.jsonl"]
     capsys.readouterr()
@@ -574,32 +621,40 @@ def test_a_kill_while_saving_leaves_a_file_that_loads(tmp_path):
 # What README promises
 # ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name, use", [
-    ("Attention", lambda piece: piece(8, 2)(torch.randn(2, 5, 8), return_weights=True)[1].sum(dim=-1).mean().detach()),
+    ("Attention", lambda piece:
+     piece(8, 2)(torch.randn(2, 5, 8), return_weights=True)[1].sum(dim=-1).mean().detach()),
     ("sinusoidal_positions", lambda piece: piece(7, 4)[0, 1]),
     ("rotate", lambda piece: piece(torch.ones(3, 4))[0, 0]),
     ("distance_bias", lambda piece: piece(2, 4).exp()[0, 0, 0]),
-    ("mask_tokens", lambda piece: piece(torch.ones(2, 3, dtype=torch.int64), 5, 0.0)[0].double().mean()),
-    ("attention_by_offset", lambda piece: piece(spt.new_model(SMALL), tokens_like(SMALL)).sum(dim=-1).mean()),
-    ("blind_directions", lambda piece: 1 + piece(*spt.theory_inputs(n=20, seq_len=8))["look left"][0]),
+    ("mask_tokens",
+     lambda piece: piece(torch.ones(2, 3, dtype=torch.int64), 5, 0.0)[0].double().mean()),
+    ("attention_by_offset",
+     lambda piece: piece(spt.new_model(SMALL), tokens_like(SMALL)).sum(dim=-1).mean()),
+    ("blind_directions",
+     lambda piece: 1 + piece(*spt.theory_inputs(n=20, seq_len=8))["look left"][0]),
     ("proximity", lambda piece: piece(n=4, seq_len=5, vocab_size=4)[1].sum() / 2),
 ])
 def test_a_piece_works_when_its_source_alone_is_pasted(name, use):
     source = inspect.getsource(getattr(tasks if name == "proximity" else spt, name))
     scope = {}
-    exec("import math, numpy as np, torch; from torch import nn; from torch.nn import functional as F\n" + source, scope)
+    exec("import math, numpy as np, torch; from torch import nn; "
+         "from torch.nn import functional as F\n" + source, scope)
     assert float(use(scope[name])) == pytest.approx(1, abs=1e-5)
 
 
 def test_the_worked_diffs_of_the_readme_apply_and_run(tmp_path):
-    diffs = re.findall(r"```diff\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), flags=re.S)
+    diffs = re.findall(r"```diff\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"),
+                       flags=re.S)
     for file, diff in zip(("synthetic_tasks.py", "spt.py"), diffs, strict=True):
         source = (HERE / file).read_text(encoding="utf-8")
         for hunk in diff.split("@@\n"):
-            old, new = ("".join(line[1:] for line in hunk.splitlines(True) if line[0] in keep) for keep in (" -", " +"))
+            old, new = ("".join(line[1:] for line in hunk.splitlines(True) if line[0] in keep)
+                        for keep in (" -", " +"))
             assert source.count(old) == 1, old
             source = source.replace(old, new)
         (tmp_path / file).write_text(source, encoding="utf-8")
-    done = subprocess.run([sys.executable, "spt.py", "--task", "first", "--positions", "ramp", "--spt", *SMALL_FLAGS.split()],
+    done = subprocess.run([sys.executable, "spt.py", "--task", "first", "--positions", "ramp",
+                           "--spt", *SMALL_FLAGS.split()],
                           cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "test accuracy" in done.stdout, done.stderr
 
@@ -608,16 +663,20 @@ def test_the_worked_diffs_of_the_readme_apply_and_run(tmp_path):
 # Bad input
 # ---------------------------------------------------------------------------------------------
 BAD_FLAGS = """
---task cooking | --no-such-flag | --spt=1 | --seed -1 | --seed x | --seeds 0 | --jobs 0 | --threads 0
---mask-ratio 0 | --mask-ratio 1 | --mask-ratio nan | --n-heads 3 | --n-heads 0 | --d-model -32 | --d-model 33
---vocab-size 2 | --vocab-size -8 | --seq-len 1 | --seq-len 999999999 | --lag 64 | --lag 0 | --lag 2 --task text
---signal 1.5 | --signal -0.1 | --lr 0 | --lr inf | --lr nan | --batch-size 0 | --pretrain-steps 0
---n-train 99999999999 | --n-train 1 | --positions nowhere | --transfer some | --n-layers 1000 --d-model 16384
---d-ff 0 | --device abacus | --device cuda:99 | --text {tmp}/none.txt --task text | --text {tmp} --task text
---text {tmp}/empty.txt --task text | --text {tmp}/binary --task text | --text {tmp}/short.txt --task text
---text {tmp}/short.txt | --json {tmp} | --json {tmp}/no/such/folder/r.jsonl | --task bag --vocab-size 7
---save {tmp} | --save {tmp}/no/m.pt | --load {tmp}/none.pt | --load {tmp}/bad.pt | --load {tmp}/zip.pt | --load {tmp}
---compare --save {tmp}/m.pt | --data {tmp}/d.npz --seq-len 6 | --compare --reproduce | --reproduce --lr 0.1 | --theory --task bag | --task texture --seq-len 60 | --n-train 10000000 --seq-len 65536 | --batch-size 100000 --seq-len 65536 | stray
+--task cooking | --no-such-flag | --spt=1 | --seed -1 | --seed x | --seeds 0 | --jobs 0
+--threads 0 | --mask-ratio 0 | --mask-ratio 1 | --mask-ratio nan | --n-heads 3 | --n-heads 0
+--d-model -32 | --d-model 33 | --vocab-size 2 | --vocab-size -8 | --seq-len 1 | --seq-len 999999999
+--lag 64 | --lag 0 | --lag 2 --task text | --signal 1.5 | --signal -0.1 | --lr 0 | --lr inf
+--lr nan | --batch-size 0 | --pretrain-steps 0 | --n-train 99999999999 | --n-train 1
+--positions nowhere | --transfer some | --n-layers 1000 --d-model 16384 | --d-ff 0 | --device abacus
+--device cuda:99 | --text {tmp}/none.txt --task text | --text {tmp} --task text
+--text {tmp}/empty.txt --task text | --text {tmp}/binary --task text
+--text {tmp}/short.txt --task text | --text {tmp}/short.txt | --json {tmp}
+--json {tmp}/no/such/folder/r.jsonl | --task bag --vocab-size 7 | --save {tmp}
+--save {tmp}/no/m.pt | --load {tmp}/none.pt | --load {tmp}/bad.pt | --load {tmp}/zip.pt
+--load {tmp} | --compare --save {tmp}/m.pt | --data {tmp}/d.npz --seq-len 6 | --compare --reproduce
+--reproduce --lr 0.1 | --theory --task bag | --task texture --seq-len 60
+--n-train 10000000 --seq-len 65536 | --batch-size 100000 --seq-len 65536 | stray
 """
 
 
@@ -642,7 +701,8 @@ def test_bad_input_is_one_line_and_status_2(flags, tmp_path, capsys, monkeypatch
     before = sorted(tmp_path.iterdir())
     assert spt.main(flags.format(tmp=tmp_path).split()) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and err.startswith("spt.py: error: ") and len(err) > 30
+    assert (out == "" and err.count("\n") == 1 and err.startswith("spt.py: error: ")
+            and len(err) > 30)
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -658,17 +718,25 @@ def test_a_result_that_does_not_fit_on_the_disk_leaves_the_file_as_it_was(tmp_pa
 
 X, Y = np.arange(60).reshape(10, 6) % 5, np.arange(10) % 2
 BAD_ARRAYS = {
-    "floats": dict(tokens=X * 1.0, labels=Y), "NaN": dict(tokens=X * math.nan, labels=Y), "negative": dict(tokens=-X, labels=Y),
-    "one-dimensional": dict(tokens=X[0], labels=Y), "three-dimensional": dict(tokens=X[None], labels=Y),
-    "object tokens": dict(tokens=X.astype(object), labels=Y), "object labels": dict(tokens=X, labels=Y.astype(object)),
-    "ragged": dict(tokens=np.array([[1, 2], [1]], dtype=object), labels=Y[:2]), "strings": dict(tokens=X.astype(str), labels=Y),
-    "other length": dict(tokens=X, labels=Y[:9]), "label matrix": dict(tokens=X, labels=X), "float labels": dict(tokens=X, labels=Y / 2),
-    "one class": dict(tokens=X, labels=Y * 0), "a class of one": dict(tokens=X, labels=Y == 0), "empty": dict(tokens=X[:0], labels=Y[:0]),
-    "no labels": dict(tokens=X), "no tokens": dict(labels=Y), "other names": dict(x=X, y=Y), "nothing": {}, "T of 1": dict(tokens=X[:, :1], labels=Y),
-    "too many symbols": dict(tokens=X + 10**9, labels=Y), "empty test": dict(tokens=X, labels=Y, test_tokens=X[:0], test_labels=Y[:0]),
-    "other T in the test": dict(tokens=X, labels=Y, test_tokens=X[:, :4], test_labels=Y), "half a test": dict(tokens=X, labels=Y, test_tokens=X),
-    "payload": dict(tokens=X, labels=[Payload("executed")] * 10), "complex": dict(tokens=X + 1j, labels=Y), "NaN labels": dict(tokens=X, labels=Y * math.nan),
-    "truncated": None, "no zip": b"PK but not a zip", "a pickle": pickle.dumps(Payload("executed")), "no bytes": b"",
+    "floats": dict(tokens=X * 1.0, labels=Y), "NaN": dict(tokens=X * math.nan, labels=Y),
+    "negative": dict(tokens=-X, labels=Y), "one-dimensional": dict(tokens=X[0], labels=Y),
+    "three-dimensional": dict(tokens=X[None], labels=Y),
+    "object tokens": dict(tokens=X.astype(object), labels=Y),
+    "object labels": dict(tokens=X, labels=Y.astype(object)),
+    "ragged": dict(tokens=np.array([[1, 2], [1]], dtype=object), labels=Y[:2]),
+    "strings": dict(tokens=X.astype(str), labels=Y), "other length": dict(tokens=X, labels=Y[:9]),
+    "label matrix": dict(tokens=X, labels=X), "float labels": dict(tokens=X, labels=Y / 2),
+    "one class": dict(tokens=X, labels=Y * 0), "a class of one": dict(tokens=X, labels=Y == 0),
+    "empty": dict(tokens=X[:0], labels=Y[:0]), "no labels": dict(tokens=X),
+    "no tokens": dict(labels=Y), "other names": dict(x=X, y=Y), "nothing": {},
+    "T of 1": dict(tokens=X[:, :1], labels=Y), "too many symbols": dict(tokens=X + 10**9, labels=Y),
+    "empty test": dict(tokens=X, labels=Y, test_tokens=X[:0], test_labels=Y[:0]),
+    "other T in the test": dict(tokens=X, labels=Y, test_tokens=X[:, :4], test_labels=Y),
+    "half a test": dict(tokens=X, labels=Y, test_tokens=X),
+    "payload": dict(tokens=X, labels=[Payload("executed")] * 10),
+    "complex": dict(tokens=X + 1j, labels=Y), "NaN labels": dict(tokens=X, labels=Y * math.nan),
+    "truncated": None, "no zip": b"PK but not a zip", "a pickle": pickle.dumps(Payload("executed")),
+    "no bytes": b"",
 }
 
 
@@ -686,5 +754,6 @@ def test_bad_data_files_are_one_line_and_status_2(name, tmp_path, capsys, monkey
     before = Path("d.npz").read_bytes()
     assert spt.main(["--data", "d.npz", "--spt"]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and err.startswith("spt.py: error: ") and "d.npz" in err
+    assert (out == "" and err.count("\n") == 1 and err.startswith("spt.py: error: ")
+            and "d.npz" in err)
     assert os.listdir() == ["d.npz"] and Path("d.npz").read_bytes() == before
