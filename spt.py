@@ -504,7 +504,8 @@ def run(config):
     if not config.spt and config.load is None:    # label training gets the same total of steps
         config = replace(config, finetune_steps=config.pretrain_steps + config.finetune_steps)
     every = math.ceil((pretrain_steps + config.finetune_steps) / 20)
-    curve, attention, masked_losses = [], {}, []
+    middle, reach = config.seq_len - 1, min(config.seq_len - 1, 16)
+    curve, near, by_offset, masked_losses = [], {}, {}, []
 
     def follow(step):    # every = 0 where there are no steps at all
         if not every or step % every == 0 or step == config.finetune_steps:
@@ -512,7 +513,9 @@ def run(config):
 
     def look(stage, model):
         sample = x_test[:max(1, 2**20 // config.seq_len**2)]              # (B, T), B T² <= 2^20
-        attention[stage] = attention_by_offset(model, sample).mean(dim=(0, 1)).tolist()
+        mass = attention_by_offset(model, sample).mean(dim=(0, 1)).tolist()
+        near[stage] = sum(mass[middle + o] for o in neighbour_offsets(config))
+        by_offset[stage] = [[o, mass[middle + o]] for o in range(-reach, reach + 1)]
 
     model = new_model(config, n_classes=int(y.max()) + 1)
     if config.load is not None:
@@ -530,8 +533,6 @@ def run(config):
     look("fine-tuning" if config.spt or config.load else "label training", model)
     if config.save is not None:
         save_weights(config.save, model, config)
-    middle, reach = config.seq_len - 1, min(config.seq_len - 1, 16)
-    neighbours = [middle + offset for offset in neighbour_offsets(config)]
     return dict(
         task=config.data or config.task, arm="spt" if config.spt else "labels", seed=config.seed,
         lr=config.lr, train_accuracy=accuracy(model, x[:5000], y[:5000]),
@@ -544,11 +545,7 @@ def run(config):
         masked_loss=statistics.mean(masked_losses[-20:]) if config.spt else None,
         n_parameters=sum(weight.numel() for weight in model.parameters()),
         n_train=len(x), n_test=len(x_test), seconds=time.perf_counter() - start, curve=curve,
-        neighbour_attention={stage: sum(mass[i] for i in neighbours)
-                             for stage, mass in attention.items()},
-        attention_by_offset={stage: [[o, mass[middle + o]] for o in range(-reach, reach + 1)]
-                             for stage, mass in attention.items()},
-        config=asdict(config))
+        neighbour_attention=near, attention_by_offset=by_offset, config=asdict(config))
 
 
 def shape_of(model, config):

@@ -706,14 +706,27 @@ def test_bad_input_is_one_line_and_status_2(flags, tmp_path, capsys, monkeypatch
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_result_that_does_not_fit_on_the_disk_leaves_the_file_as_it_was(tmp_path):
-    path = tmp_path / "results.jsonl"
-    path.write_text('{"kept": true}\n')
-    code = ("import resource, signal, spt; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (40, 40)); "
-            f"spt.append_json({str(path)!r}, dict(long='x' * 100))")
+def test_what_does_not_fit_on_the_disk_leaves_the_files_as_they_were(tmp_path):
+    results, weights = tmp_path / "results.jsonl", tmp_path / "m.pt"
+    results.write_text('{"kept": true}\n')
+    spt.save_weights(weights, spt.new_model(SMALL), SMALL)
+    before = weights.read_bytes()
+    code = f"""if True:
+        import contextlib, resource, signal, spt
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40, 40))
+        for write in (lambda: spt.append_json({str(results)!r}, dict(long="x" * 100)),
+                      lambda: spt.save_weights({str(weights)!r}, spt.new_model(config), config)):
+            config = spt.Config()
+            try:
+                write()
+            except OSError:
+                print("refused")
+        """
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
-    assert "OSError" in done.stderr and path.read_text() == '{"kept": true}\n'
+    assert done.stdout.split() == ["refused", "refused"], done.stderr
+    assert results.read_text() == '{"kept": true}\n' and weights.read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["m.pt", "results.jsonl"]
 
 
 X, Y = np.arange(60).reshape(10, 6) % 5, np.arange(10) % 2
