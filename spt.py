@@ -709,8 +709,9 @@ def single(config, argv):
     """Train one arm and say what came out."""
     result = run(config)
     append_json(config.json, result)
-    say(f"{result['task']}: {result['n_train']:,} training sequences of {config.seq_len} tokens, "
-        f"{result['n_parameters']:,} weights, seed {config.seed}")
+    say(f"{result['task']}: {result['n_train']:,} training sequences of "
+        f"{result['config']['seq_len']} tokens, {result['n_parameters']:,} weights, "
+        f"seed {config.seed}")
     before = f"{result['pretrain_steps']:,} steps on masked tokens, then " if config.spt else ""
     say(f"trained for {before}{result['finetune_steps']:,} steps on labels, in "
         f"{result['seconds']:.1f} s")
@@ -849,20 +850,21 @@ def reproduce(config):
     """Measure every claim and print rows and verdicts; returns whether all of them hold."""
     claims = [claim for claim in CLAIMS if claim.quick or not config.quick]
     seeds = range(config.seed, config.seed + (1 if config.quick else config.seeds))
-    first, best, rest, verdicts = [], {}, [], []
+    first, best, verdicts = [], {}, []
     for claim in claims:
         for name, changes in claim.rows.items():
             changes = {"task": "proximity", "device": config.device, "seed": config.seed, **changes}
             lrs = changes.pop("lrs", [Config.lr])
             first += [({"claim": claim.title, "row": name}, recipe(**changes, lr=lr)) for lr in lrs]
     for (tags, made), result in zip(first, run_all(first, config.jobs, config.json)):
-        reached = result["test_accuracy"]
-        best[tags["row"]] = max(best.get(tags["row"], ()), (reached, made.lr, tags, made, [result]))
-    for *_, tags, made, _ in best.values():
-        rest += [(tags, replace(made, seed=seed)) for seed in seeds[1:]]
+        row = tags["row"]
+        if row not in best or result["test_accuracy"] >= best[row][2][0]["test_accuracy"]:
+            best[row] = tags, made, [result]
+    rest = [(tags, replace(made, seed=seed)) for tags, made, _ in best.values()
+            for seed in seeds[1:]]
     for (tags, _), result in zip(rest, run_all(rest, config.jobs, config.json)):
-        best[tags["row"]][-1].append(result)
-    rows = {name: results for name, (*_, results) in best.items()}
+        best[tags["row"]][2].append(result)
+    rows = {name: results for name, (_, _, results) in best.items()}
     numbers = {name: summary(results) for name, results in rows.items()}
 
     def verdict(holds, rule):
@@ -893,7 +895,7 @@ def reproduce(config):
 # A direction D in the space of scores is *circulant* if D_ij depends on (j - i) mod T alone: it
 # prefers an offset, wherever the query stands. "Look one to the left" is D_ij = 1 where j = i - 1,
 # else 0; proximity is made of such directions. (mod T closes the sequence to a circle, so that all
-# columns are alike; at an open end one row differs.)
+# columns are alike; with open ends the columns near them differ, a fraction O(1/T) of all.)
 #
 # 1. φ linear: labels are blind along all circulant S, everywhere. S circulant makes A circulant:
 #    its columns, too, sum to 1, and mean_i z_i = (1/T) Σ_j (Σ_i A_ij) v_j = mean_j v_j. The
@@ -903,7 +905,7 @@ def reproduce(config):
 #    dA_ij = (D_ij - mean_k D_ik) / T has zero column sums if D is circulant:
 #        d mean_i φ(z_i) = φ'(v̄) (1/T) Σ_j (Σ_i dA_ij) v_j = 0.
 # 3. Masked tokens escape, since each asks for itself, before any mean over i. Along "look ℓ to
-#    the side" dz_i = (v_{i+ℓ} - v̄) / T, and, p being the predicted probabilities, the loss by
+#    the side" dz_i = (v_{i+ℓ} - v̄) / T. With p the predicted probabilities, the loss moves by
 #        -(1/T) E[(onehot(x_i) - p)ᵀ Uᵀ φ'(v̄) (v_{i+ℓ} - v̄)],  i masked,
 #    which in general is not 0 when x_i and x_{i+ℓ} depend on each other: when neighbours matter.
 #

@@ -597,7 +597,7 @@ def test_saved_weights_come_back_and_evaluate_to_the_same_numbers(tmp_path, caps
             and first["n_parameters"] == second["n_parameters"])
     assert first["attention_by_offset"]["fine-tuning"] == second["attention_by_offset"]["start"]
     assert sorted(os.listdir()) == ["d.npz", "m.pt", "r.jsonl"]
-    capsys.readouterr()
+    assert "of 6 tokens" in capsys.readouterr().out
     for other in (["--n-heads", "4"], ["--d-model", "64"], ["--positions", "none"]):
         assert spt.main([*flags, "--load", "m.pt", *other]) == 2
         assert other[0][2:].replace("-", "_") in capsys.readouterr().err
