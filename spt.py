@@ -512,7 +512,7 @@ def run(config):
             curve.append([pretrain_steps + step, accuracy(model, x_test[:256], y_test[:256])])
 
     def look(stage, model):
-        sample = x_test[:max(1, 2**20 // config.seq_len**2)]              # (B, T), B T² <= 2^20
+        sample = x_test[:max(1, 2**20 // config.seq_len**2)]              # (B, T), B T² bounded
         mass = attention_by_offset(model, sample).mean(dim=(0, 1)).tolist()
         near[stage] = sum(mass[middle + o] for o in neighbour_offsets(config))
         by_offset[stage] = [[o, mass[middle + o]] for o in range(-reach, reach + 1)]
@@ -853,7 +853,8 @@ def reproduce(config):
     first, best, verdicts = [], {}, []
     for claim in claims:
         for name, changes in claim.rows.items():
-            changes = {"task": "proximity", "device": config.device, "seed": config.seed, **changes}
+            changes = {"task": "proximity", "seed": config.seed, "device": config.device,
+                       "threads": config.threads, **changes}
             lrs = changes.pop("lrs", [Config.lr])
             first += [({"claim": claim.title, "row": name}, recipe(**changes, lr=lr)) for lr in lrs]
     for (tags, made), result in zip(first, run_all(first, config.jobs, config.json)):
@@ -1077,10 +1078,11 @@ def parse(argv):
             raise ValueError(f"{name} {given[name]}: does not go with --data, which tells it")
     if ("save" in given or "load" in given) and "compare" in given:
         raise ValueError("save and --load go with a single run")
-    fixed = {"reproduce", "theory"} & given.keys()    # these say themselves what they run
-    for name in given.keys() - {"quick", "seed", "seeds", "jobs", "threads", "device", "json"}:
-        if fixed - {name}:
-            raise ValueError(f"{name} {given[name]}: does not go with --{min(fixed - {name})}")
+    takes = {"reproduce": {"quick", "seed", "seeds", "jobs", "threads", "device", "json"},
+             "theory": {"seed", "threads"}}    # these two say themselves what they run
+    for mode in takes.keys() & given.keys():
+        for name in given.keys() - takes[mode] - {mode}:
+            raise ValueError(f"{name} {given[name]}: does not go with --{mode}")
     return recipe(given.pop("task", Config.task), **given)
 
 
@@ -1101,7 +1103,6 @@ def check(config):
         os.remove(trial)
     if config.json is not None:
         open(config.json, "ab").close()
-    return config
 
 
 def explain(error):

@@ -675,7 +675,7 @@ BAD_FLAGS = """
 --json {tmp}/no/such/folder/r.jsonl | --task bag --vocab-size 7 | --save {tmp}
 --save {tmp}/no/m.pt | --load {tmp}/none.pt | --load {tmp}/bad.pt | --load {tmp}/zip.pt
 --load {tmp} | --compare --save {tmp}/m.pt | --data {tmp}/d.npz --seq-len 6 | --compare --reproduce
---reproduce --lr 0.1 | --theory --task bag | --task texture --seq-len 60
+--reproduce --lr 0.1 | --theory --task bag | --theory --json {tmp}/r | --task texture --seq-len 60
 --n-train 10000000 --seq-len 65536 | --batch-size 100000 --seq-len 65536 | stray
 """
 
