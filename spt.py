@@ -42,7 +42,6 @@ import time
 import warnings
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields, replace
-from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -140,7 +139,9 @@ class Config:
             raise ValueError(f"n_layers {self.n_layers}: with d_model and d_ff, over 10^9 weights")
 
 
-# A task may bring its own recipe: what differs from the defaults above. Both arms share it.
+# A task may bring its own recipe: what differs from the defaults above. Both arms share it. Text
+# has 41 symbols to tell apart, texture two directions to find, and strangers' data who knows what:
+# they get more steps. The signals are such that the best possible classifier is far from chance.
 RECIPES = {
     "text": dict(n_train=20_000, n_test=5_000, vocab_size=41, pretrain_steps=1000,
                  finetune_steps=400),
@@ -250,7 +251,7 @@ class Attention(nn.Module):
             scores = scores if self.bias is None else scores + self.bias  # (B, H, T, T)
             weights = scores.softmax(dim=-1)                              # (B, H, T, T)
             return self.out((weights @ v).transpose(1, 2).flatten(2)), weights
-        bias = None if self.bias is None else self.bias[None]             # the kernel wants 4-D
+        bias = None if self.bias is None else self.bias[None]             # (1, H, T, T) or None
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)       # (B, H, T, D)
         return self.out(y.transpose(1, 2).flatten(2))                     # (B, T, C)
 
@@ -629,7 +630,9 @@ def load_weights(path, model, config):
 
 
 # ---------------------------------------------------------------------------------------------
-# Many runs, each in a process of its own: it computes the same numbers wherever it lands.
+# Many runs, side by side in processes of one thread each: at this size a second thread has too
+# little to do. All that a run depends on is its Config, so its numbers are the same wherever and
+# in whatever order it runs. What is finished is written down at once: Ctrl-C loses the rest only.
 # ---------------------------------------------------------------------------------------------
 LABEL_LRS = 1e-3, 3e-3, 1e-2    # label training gets its best of these, picked on the *test* set
 
@@ -684,18 +687,20 @@ def append_json(path, record):
 
 
 def summary(results):
-    """Means over runs: .train and .test accuracy, .near (attention on the task's neighbours at the
-    end of training) and .steps (to 95 % of 128 test sequences; infinite if a run failed to).
+    """What rules look at: means over runs of "train" and "test" accuracy and of "near", attention
+    on the neighbours at the end, and the median of "steps" to 95 % of 128 test sequences, where a
+    run that got no further counts as infinite.
     """
-    steps = [math.inf if r["steps_to_95"] is None else r["steps_to_95"] for r in results]
-    return SimpleNamespace(
-        train=statistics.mean(r["train_accuracy"] for r in results),
-        test=statistics.mean(r["test_accuracy"] for r in results), steps=statistics.mean(steps),
-        near=statistics.mean(list(r["neighbour_attention"].values())[-1] for r in results))
+    return {"train": statistics.mean(r["train_accuracy"] for r in results),
+            "test": statistics.mean(r["test_accuracy"] for r in results),
+            "near": statistics.mean(list(r["neighbour_attention"].values())[-1] for r in results),
+            "steps": statistics.median(r["steps_to_95"] or math.inf for r in results)}
 
 
 # ---------------------------------------------------------------------------------------------
-# What a person sees, in 80 columns.
+# What a person sees, in 80 columns. Accuracies never come alone: beside them stand chance, what
+# counting tokens would score, the best possible, and train accuracy, which tells a model that
+# cannot fit from one that does not generalize.
 # ---------------------------------------------------------------------------------------------
 def say(text):
     """Print; where the terminal has no Unicode, bars become digits from 1 to 8."""
@@ -726,6 +731,7 @@ def show_attention(results):
             offsets, mass = mean_curve([r["attention_by_offset"][stage] for r in seen])
             near = statistics.mean(r["neighbour_attention"][stage] for r in seen)
             rows[stage] = mass, near
+    # One scale for all rows, so that a bar means the same before and after training.
     top, half = max(max(mass) for mass, _ in rows.values()), len(offsets) // 2
     say(f"  attention by offset {offsets[0]:<+{half}}0{offsets[-1]:>+{half}}  on the neighbours")
     for stage, (mass, near) in rows.items():
@@ -774,11 +780,13 @@ def show_row(name, results):
     if 0 < len(reached) < len(results):
         steps += f" ({len(reached)} of {len(results)})"
     say(f"{name:<29}{spread('train_accuracy'):<15}{spread('test_accuracy'):<15}{steps:<16}"
-        f"{summary(results).near:.3f}")
+        f"{summary(results)['near']:.3f}")
 
 
 def compare(config):
     """Both arms over several seeds, side by side; the label-only arm is tuned in its favour."""
+    # Label training gets three learning rates and keeps the best, chosen on the very test set it
+    # is measured on; SPT gets one. Whatever gap is left is not for want of tuning.
     arms = {f"labels only, lr {lr:g}": replace(config, spt=False, lr=lr)
             for lr in sorted({*LABEL_LRS, config.lr})}
     arms[f"SPT, lr {config.lr:g}"] = replace(config, spt=True)
@@ -786,14 +794,14 @@ def compare(config):
                        for i in range(config.seeds)], config.jobs, config.json)
     groups = {name: results[i * config.seeds:(i + 1) * config.seeds] for i, name in enumerate(arms)}
     *label_names, spt = groups
-    best = max(label_names, key=lambda name: summary(groups[name]).test)
+    best = max(label_names, key=lambda name: summary(groups[name])["test"])
     say(f"{results[0]['task']}: {results[0]['n_train']:,} training sequences, "
         f"{results[0]['finetune_steps']:,} steps in either arm, {config.seeds} seeds")
     say(f"{yardsticks(results[0])}\n{HEADER}")
     for name, group in groups.items():
         show_row(name, group)
     say(f"gap in test accuracy, SPT less the best of labels only: "
-        f"{summary(groups[spt]).test - summary(groups[best]).test:.3f}")
+        f"{summary(groups[spt])['test'] - summary(groups[best])['test']:.3f}")
     say(f"seconds for one run: {statistics.mean(r['seconds'] for r in results):.1f}\n")
     say("  test accuracy over steps; SPT spends its first on masked tokens")
     for name in (best, spt):
@@ -806,10 +814,11 @@ def compare(config):
 # The claims of the paper, as data: a row is what differs from its task's recipe, and what must
 # hold of the numbers that come out. Both arms of a claim get the same total of steps.
 # ---------------------------------------------------------------------------------------------
-CLAIMS = {
+LONGER = dict(pretrain_steps=560, finetune_steps=400)    # what is copied alone must be good
+CLAIMS = {    # {claim: {row: (changes, rule, ...)}}; a rule reads a row's `summary`
     "1 SPT beats training on the labels alone, at equal steps": {
         "labels only": (dict(lrs=LABEL_LRS), "test < 0.60"),
-        "SPT": (dict(spt=True), "test > 0.95"),
+        "SPT": (dict(spt=True), "test > 0.95", "near > 5 x labels only"),
     },
     "1b The same on real text: does English run forwards or backwards?": {
         "text: labels only": (dict(task="text", lrs=LABEL_LRS), "test < 0.60"),
@@ -822,7 +831,7 @@ CLAIMS = {
     "2 It is not depth": {
         "labels, 2 layers": (dict(n_layers=2, lrs=LABEL_LRS), "test < 0.60"),
         "labels, 4 layers": (dict(n_layers=4, lrs=LABEL_LRS), "test < 0.60"),
-        "SPT, 2 layers": (dict(n_layers=2, spt=True), "test > 0.95"),
+        "SPT, 2 layers": (dict(n_layers=2, spt=True), "test > 0.90"),
     },
     "3 It is not generalization alone: labels do not even fit": {
         "labels, 50,000 seq.": (dict(n_train=50_000, lrs=LABEL_LRS), "train < 0.60"),
@@ -830,10 +839,11 @@ CLAIMS = {
                               "train < 0.90"),
         "SPT, 200 sequences": (dict(n_train=200, spt=True), "test > 0.85"),
     },
-    "4 It is the query and key maps (qk)": {
-        "only qk copied": (dict(spt=True, transfer="qk", finetune_steps=200), "test > 0.95"),
-        "all but qk copied": (dict(spt=True, transfer="not-qk", finetune_steps=200), "test < 0.60"),
-        "SPT, qk then frozen": (dict(spt=True, freeze_qk=True), "test > 0.80"),
+    "4 It is the query and key maps (qk): copied, then 400 steps on labels": {
+        "only qk": (dict(spt=True, transfer="qk", **LONGER), "test > 0.90"),
+        "all but qk": (dict(spt=True, transfer="not-qk", **LONGER), "test < 0.60"),
+        "all, qk then frozen": (dict(spt=True, freeze_qk=True, finetune_steps=400),
+                                "test > 0.90"),
     },
     "5 They learn to look next door; where that is given, labels suffice": {
         "SPT, no positions": (dict(spt=True, positions="none"), "test < 0.60"),
@@ -852,36 +862,35 @@ CLAIMS = {
 def obeys(rule, row, rows):
     """Whether the `summary` of a row obeys "column < bound" or "column > factor x other row"."""
     column, sign, bound, *other = rule.split(" ", 4)    # other: "x" and a row's name, or nothing
-    limit = float(bound) * (getattr(rows[other[1]], column) if other else 1)
-    value = getattr(row, column)
-    return value < limit if sign == "<" else value > limit
+    limit = float(bound) * (rows[other[1]][column] if other else 1)
+    return row[column] < limit if sign == "<" else row[column] > limit
 
 
 def reproduce(config):
     """Measure every claim and print rows and verdicts; returns whether all of them hold.
 
-    Of several learning rates, `lrs`, a row keeps the one that is best on the test set with the
-    first seed. The other seeds run that one.
+    Of several learning rates, `lrs`, a row keeps the one that is best on the test set.
     """
     claims = {title: rows for title, rows in CLAIMS.items()
               if not config.quick or title.startswith(("1 ", "5 "))}
-    first, runs = [], {}
+    first, best, runs = [], {}, {}
     for title, rows in claims.items():
         for name, (changes, *_) in rows.items():
             changes = {"task": "proximity", "seed": config.seed, "device": config.device,
                        "threads": config.threads, **changes}
             first += [(dict(claim=title, row=name), recipe(**changes, lr=lr))
                       for lr in changes.pop("lrs", [Config.lr])]
+    # First seed: every learning rate. The other seeds: the rate that was best.
     for (tags, made), result in zip(first, run_all(first, config.jobs, config.json)):
-        best = runs.setdefault(tags["row"], (tags, made, [result]))
-        if result["test_accuracy"] > best[2][0]["test_accuracy"]:
-            runs[tags["row"]] = tags, made, [result]
+        name = tags["row"]
+        if name not in runs or result["test_accuracy"] > runs[name][0]["test_accuracy"]:
+            best[name], runs[name] = (tags, made), [result]
     n_seeds = 1 if config.quick else config.seeds
-    rest = [(tags, replace(made, seed=config.seed + i)) for tags, made, _ in runs.values()
+    rest = [(tags, replace(made, seed=config.seed + i)) for tags, made in best.values()
             for i in range(1, n_seeds)]
     for (tags, _), result in zip(rest, run_all(rest, config.jobs, config.json)):
-        runs[tags["row"]][2].append(result)
-    numbers, verdicts = {name: summary(found) for name, (_, _, found) in runs.items()}, []
+        runs[tags["row"]].append(result)
+    numbers, verdicts = {name: summary(results) for name, results in runs.items()}, []
 
     def verdict(holds, rules):
         verdicts.append(holds)
@@ -892,8 +901,8 @@ def reproduce(config):
     for title, rows in claims.items():
         say(title)
         for name in rows:
-            show_row("  " + name, runs[name][2])
-        rules = [(name, rule) for name, (_, *rules) in rows.items() for rule in rules]
+            show_row("  " + name, runs[name])
+        rules = [(name, rule) for name, (_, *own) in rows.items() for rule in own]
         verdict(all(obeys(rule, numbers[name], numbers) for name, rule in rules),
                 "; ".join(f"{name}: {rule}" for name, rule in rules))
     say("6 In theory: labels are locally blind to proximity, masked tokens are not")
@@ -940,6 +949,7 @@ def blind_directions(tokens, labels, is_masked, values, to_class, to_symbol, phi
     losses, (label, masked).
     """
     T = tokens.shape[1]
+    # One layer of attention whose scores do not look at tokens, then the two ways to ask.
     scores = torch.zeros(T, T, dtype=values.dtype) if scores is None else scores
     scores = scores.clone().requires_grad_()                              # (T, T)
     weights = scores.softmax(dim=-1)                                      # (T, T)
@@ -959,6 +969,7 @@ def blind_directions(tokens, labels, is_masked, values, to_class, to_symbol, phi
         "random circulant": torch.randn(T, generator=generator)[offset],
         "random, not circulant": torch.randn(T, T, generator=generator),
     }
+    # The derivative along a direction is its inner product with the gradient.
     found = {}
     for name, direction in directions.items():
         direction = direction.to(values.dtype).masked_fill(offset == 0, 0)  # (T, T)
@@ -999,6 +1010,8 @@ def offset_gradients(model, tokens, labels, config):
     V, T = config.vocab_size, config.seq_len
     offset = (torch.arange(T) - torch.arange(T)[:, None]) % T             # (T, T)
     generator = torch.Generator().manual_seed(config.seed)
+    # A bias of zeros changes nothing, but has a gradient. Masks are the same in a loss and in its
+    # control, so that the difference is not drowned by the luck of the draw.
     both_ways, sides = [], []    # a pair (label, masked) for each batch
     for x, y in zip(tokens[:256].split(32), labels.split(32)):            # (B, T), (B,)
         order = torch.rand(x.shape, generator=generator).argsort(dim=1)   # (B, T)
@@ -1014,8 +1027,8 @@ def offset_gradients(model, tokens, labels, config):
         gradients = torch.stack([torch.autograd.grad(loss, bias, retain_graph=True)[0]
                                  for loss in (label, masked)])            # (2, T)
         left, right = gradients[:, -1], gradients[:, 1]                   # (2,) each
-        both_ways.append(left + right - 2 * gradients[:, 1:].mean(dim=1))
-        sides.append(left - right)
+        both_ways.append(left + right - 2 * gradients[:, 1:].mean(dim=1))  # (2,)
+        sides.append(left - right)                                        # (2,)
     return {name: [(part.mean().item(), part.std().item() / math.sqrt(len(part)))
                    for part in torch.stack(found).T]                      # (batches,) each
             for name, found in (("look both ways", both_ways), ("left, not right", sides))}
@@ -1057,7 +1070,8 @@ def theory(config):
 
 
 # ---------------------------------------------------------------------------------------------
-# The command line.
+# The command line. Whatever is wrong with flags, files or the device is found before training
+# starts, and said in one line: no traceback, nothing half-written, exit status 2.
 # ---------------------------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is an exception, not a page of usage."""
@@ -1080,6 +1094,7 @@ def parse(argv):
             usual = "" if f.default is None else f" (default {f.default}{own})"
             parser.add_argument(flag, type=f.type, help=about + usual,
                                 metavar="|".join(f.metadata["choices"] or [f.type.__name__]))
+    # SUPPRESS leaves out what was not given, so that a task's recipe can fill it in.
     given = vars(parser.parse_args(argv))
     for name in ("task", "text", "seq_len", "vocab_size", "n_train", "n_test", "signal", "lag"):
         if "data" in given and name in given:
@@ -1088,8 +1103,9 @@ def parse(argv):
         raise ValueError("quick goes with --reproduce")
     if ("save" in given or "load" in given) and "compare" in given:
         raise ValueError("save and --load go with a single run")
+    # These two say themselves what they run; a flag that would be ignored is refused instead.
     takes = {"reproduce": {"quick", "seed", "seeds", "jobs", "threads", "device", "json"},
-             "theory": {"seed", "threads"}}    # these two say themselves what they run
+             "theory": {"seed", "threads"}}
     for mode in takes.keys() & given.keys():
         for name in given.keys() - takes[mode] - {mode}:
             raise ValueError(f"{name} {given[name]}: does not go with --{mode}")
@@ -1108,6 +1124,7 @@ def check(config):
     if config.save is not None:
         if os.path.isdir(config.save):
             raise ValueError(f"save {config.save}: is a folder")
+        # Only writing tells whether writing is possible; the file itself is not touched.
         trial = f"{config.save}.{os.getpid()}.tmp"
         open(trial, "wb").close()
         os.remove(trial)
@@ -1117,6 +1134,7 @@ def check(config):
 
 def explain(error):
     """One line for a person: the flag or the file, what was wrong, what is allowed."""
+    # A ValueError of this project starts with the name of a Config field; the flag is made of it.
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'a file'}: {error.strerror}"
     name, _, rest = str(error).partition(" ")
