@@ -7,7 +7,7 @@
     python spt.py --theory                    what labels cannot see and masked tokens can
     python spt.py --help                      every flag; they are the fields of Config
 
-The first command takes 7 s on one core of an AMD EPYC with torch 2.13.0, of which 2.5 s are its
+The first command takes 5 s on one core of an AMD EPYC with torch 2.13.0, of which 2.5 s are its
 import, and ends with
 
     chance 0.500, counting tokens 0.495, best possible 1.000
@@ -15,8 +15,8 @@ import, and ends with
     test accuracy  1.000
 
 The second ends near 0.500, which is chance. The two ways to train, the two *arms*, see the same
-sequences, labels, initial weights and number of steps (300 + 100); they differ in the targets of
-the first 300, which in SPT are the sequences' own hidden tokens. After arXiv 2605.21070 (2026)
+sequences, labels, initial weights and number of steps (280 + 120); they differ in the targets of
+the first 280, which in SPT are the sequences' own hidden tokens. After arXiv 2605.21070 (2026)
 and Amos et al., arXiv 2310.02980; the tasks and the set-up are this project's own, see README.md.
 
 The story, top to bottom: Config; positions; the model; masking and the training loop; probes;
@@ -173,6 +173,8 @@ def sinusoidal_positions(seq_len, d_model):
     position = torch.arange(seq_len)[:, None]                             # (T, 1)
     frequency = 10000.0 ** (-torch.arange(0, d_model, 2) / d_model)       # (C/2,)
     angle = position * frequency                                          # (T, C/2)
+    # sin a sin b + cos a cos b = cos(a - b), so rows i and j have the inner product
+    # Σ_pairs cos((i - j) frequency).
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)     # (T, C)
 
 
@@ -188,6 +190,7 @@ def rotate(x):
     pair = torch.arange(0, D, 2, dtype=wide, device=x.device)             # (D/2,)
     angle = position * 10000.0 ** (-pair / D)                             # (T, D/2)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)           # (T, D/2) each
+    # As a complex number, a + ib is multiplied by exp(i angle).
     a, b = x[..., 0::2], x[..., 1::2]                                     # (..., T, D/2) each
     turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)  # (..., T, D/2, 2)
     return turned.flatten(-2)                                             # (..., T, D)
@@ -290,10 +293,13 @@ class Transformer(nn.Module):
     def __init__(self, config, n_classes=2):
         super().__init__()
         T, V, C, H = config.seq_len, config.vocab_size, config.d_model, config.n_heads
+        # The mask symbol, token V, has a vector of its own.
         self.token_embedding = nn.Embedding(V + 1, C)
         # At std 1, PyTorch's default, tokens drown the positions, whose entries are of size 0.7,
         # and attention takes far more steps to turn positions into proximity.
         nn.init.normal_(self.token_embedding.weight, std=0.5)
+        # Learned positions start as large as sinusoidal ones. Fixed ones are no weights: they are
+        # neither trained nor saved nor transferred.
         if config.positions == "learned":
             self.positions = nn.Parameter(0.7 * torch.randn(T, C))        # (T, C)
         else:
@@ -349,6 +355,7 @@ def mask_tokens(tokens, mask_id, mask_ratio, generator=None):
     is_masked (B, T) bool, True where a token was hidden and is to be predicted. `generator` is a
     CPU torch.Generator. Unlike BERT's, a hidden token is always replaced by the mask symbol.
     """
+    # Drawn on the CPU and then moved, so that the same seed hides the same tokens on any device.
     is_masked = torch.rand(tokens.shape, generator=generator) < mask_ratio  # (B, T)
     is_masked = is_masked.to(tokens.device)                               # (B, T)
     return tokens.masked_fill(is_masked, mask_id), is_masked
@@ -367,7 +374,7 @@ def masked_loss(model, tokens, corrupted, is_masked):
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2), fused.
 
-    The numbers of torch.optim.AdamW, whose own first use imports PyTorch's compiler: 1.5 s that a
+    The numbers of torch.optim.AdamW, whose own first use imports PyTorch's compiler: 2 s that a
     run of a few seconds need not spend. The betas are smaller than the usual 0.9 and 0.999: with
     less memory of old gradients pretraining leaves its first plateau in fewer steps.
     """
@@ -428,6 +435,7 @@ def pretrain(model, tokens, config):
     """
     generator = torch.Generator().manual_seed(config.seed + 2**33)        # masks only
 
+    # A sequence that is drawn again is masked anew: there is more to learn from it than once.
     def batch_loss(rows):
         batch = tokens[rows]                                              # (B, T)
         corrupted, is_masked = mask_tokens(batch, config.vocab_size, config.mask_ratio, generator)
@@ -468,6 +476,7 @@ def transfer(source, target, which="all"):
 
     The classification head of `target` stays fresh in every case. Returns the names copied.
     """
+    # What is not named here keeps the random start of `target`.
     moved = {}
     for name, weight in source.state_dict().items():
         is_qk = "query_key" in name
@@ -517,6 +526,7 @@ def load_data(config):
 
 def neighbour_offsets(config):
     """Offsets (key minus query) of the tokens that, together with the query's, tell the class."""
+    # In a flattened image the pixel above stands one row, √T places, before.
     steps = {"proximity": [config.lag], "texture": [1, math.isqrt(config.seq_len)]}
     return [side * step for step in steps.get(config.task, [1]) for side in (-1, 1)]
 
@@ -542,6 +552,7 @@ def run(config):
         if not every or step % every == 0 or step == config.finetune_steps:
             curve.append([pretrain_steps + step, accuracy(model, x_test[:128], y_test[:128])])
 
+    # Attention matrices are T x T for every sequence and head: the longer, the fewer are looked at.
     def look(stage, model):
         sample = x_test[:max(1, 2**18 // config.seq_len**2)]              # (B, T), B T² bounded
         mass = attention_by_offset(model, sample).mean(dim=(0, 1)).tolist()
@@ -568,6 +579,7 @@ def run(config):
     look("fine-tuning" if config.spt or config.load else "label training", model)
     if config.save is not None:
         save_weights(config.save, model, config)
+    # Chance is what always naming the most frequent class would score.
     return dict(
         task=config.data or config.task, arm="spt" if config.spt else "labels", seed=config.seed,
         lr=config.lr, train_accuracy=accuracy(model, x[:1000], y[:1000]),
@@ -592,6 +604,7 @@ def shape_of(model, config):
 
 def save_weights(path, model, config):
     """Write weights and Config. A kill at any moment leaves the old file or the new, never half."""
+    # os.replace swaps names in one step; until then the new file is whole under another name.
     buffer, temporary = io.BytesIO(), f"{path}.{os.getpid()}.tmp"
     torch.save({"shape": shape_of(model, config), "config": asdict(config),
                 "weights": model.state_dict()}, buffer)
@@ -678,6 +691,7 @@ def append_json(path, record):
     """Add one line to the file, whole or not at all; no path, no file."""
     if path is None:
         return
+    # One unbuffered write: lines of several processes do not mix, and half a line is taken back.
     line = json.dumps(record).encode() + b"\n"
     with open(path, "ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
@@ -769,6 +783,7 @@ HEADER = f"{'':<29}{'train accuracy':<15}{'test accuracy':<15}{'95 % at step':<1
 
 def show_row(name, results):
     """A line under HEADER: mean ± standard deviation over runs, and where 95 % was reached."""
+    # The spread is over runs, each with its own data, weights, batches and masks.
     def spread(key):
         values = [result[key] for result in results]
         more = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
@@ -793,6 +808,7 @@ def compare(config):
     results = run_all([({}, replace(arm, seed=config.seed + i)) for arm in arms.values()
                        for i in range(config.seeds)], config.jobs, config.json)
     groups = {name: results[i * config.seeds:(i + 1) * config.seeds] for i, name in enumerate(arms)}
+    # From here on label training is represented by its best learning rate.
     *label_names, spt = groups
     best = max(label_names, key=lambda name: summary(groups[name])["test"])
     say(f"{results[0]['task']}: {results[0]['n_train']:,} training sequences, "
@@ -833,7 +849,7 @@ CLAIMS = {    # {claim: {row: (changes, rule, ...)}}; a rule reads a row's `summ
         "labels, 4 layers": (dict(n_layers=4, lrs=LABEL_LRS), "test < 0.60"),
         "SPT, 2 layers": (dict(n_layers=2, spt=True), "test > 0.90"),
     },
-    "3 It is not generalization alone: labels do not even fit": {
+    "3 It is not generalization alone: at equal steps labels do not even fit": {
         "labels, 50,000 seq.": (dict(n_train=50_000, lrs=LABEL_LRS), "train < 0.60"),
         "... and 10x steps": (dict(n_train=50_000, lrs=(0.003,), finetune_steps=3720),
                               "train < 0.90"),
@@ -975,12 +991,13 @@ def blind_directions(tokens, labels, is_masked, values, to_class, to_symbol, phi
         direction = direction.to(values.dtype).masked_fill(offset == 0, 0)  # (T, T)
         direction -= direction.sum(dim=-1, keepdim=True) / (T - 1)        # rows add up to nothing
         direction = direction.masked_fill(offset == 0, 0)                 # and spare j = i
-        direction *= math.sqrt(T) / direction.norm()
+        # All of one length, so that derivatives along them can be compared.
+        direction *= math.sqrt(T) / direction.norm()                      # (T, T)
         found[name] = tuple((gradient * direction).sum().item() for gradient in gradients)
     return found, tuple(loss.item() for loss in losses)
 
 
-def theory_inputs(n=1000, seq_len=32, vocab_size=8, d_model=16, shuffled=False, seed=0):
+def theory_inputs(n=2000, seq_len=16, vocab_size=8, d_model=8, shuffled=False, seed=0):
     """Arguments of `blind_directions`: sequences of proximity, random weights in float64."""
     tokens, labels = map(torch.from_numpy, proximity(
         n=n, seq_len=seq_len, vocab_size=vocab_size, signal=0.5, lag=1, seed=seed))
@@ -1050,16 +1067,18 @@ def theory(config):
                   shuffled or all(abs(masked) > 1e-6 for _, masked in circulant)]
 
     generator = torch.Generator().manual_seed(config.seed)
-    offset = (torch.arange(32) - torch.arange(32)[:, None]) % 32          # (T, T)
+    offset = (torch.arange(16) - torch.arange(16)[:, None]) % 16          # (T, T)
+    # Proposition 1 is about any circulant scores: walk from uniform attention to far away.
     losses = []
-    for size in (0, 1, 3, 10):    # from uniform attention to far away, for a linear φ
-        kernel = size * torch.randn(32, generator=generator, dtype=torch.float64)  # (T,)
+    for size in (0, 1, 3, 10):
+        kernel = size * torch.randn(16, generator=generator, dtype=torch.float64)  # (T,)
         losses += blind_directions(*theory_inputs(n=200, seed=config.seed), phi=lambda z: z,
                                    scores=kernel[offset])[1:]
     label_range, masked_range = (max(column) - min(column) for column in zip(*losses))
     say(f"  {'far from uniform attention, linear φ':<38}{'label loss':<20}masked loss")
     say(f"    {'varies over circulant scores by':<36}{label_range:<20.0e}{masked_range:.2f}")
 
+    # And the bridge from the one layer of the proof to the model that is trained.
     full = recipe("proximity", seed=config.seed)
     tokens, labels = map(torch.from_numpy, load_data(full)[1][:2])        # (n, T), (n,)
     say(f"  {'the full model at its random start':<38}{'label part':<20}masked part (x 1e-6)")
@@ -1147,6 +1166,8 @@ def main(argv=None):
     for Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
+    # What is caught here is what flags, files, memory or a diverging loss can cause; anything else
+    # is a bug and keeps its traceback.
     try:
         config = parse(argv)
         check(config)
