@@ -15,8 +15,8 @@ import, and ends with
     test accuracy  1.000
 
 The second ends near 0.500, which is chance. The two ways to train, the two *arms*, see the same
-sequences, labels, initial weights and number of steps (280 + 120); they differ in the targets of
-the first 280, which in SPT are the sequences' own hidden tokens. After arXiv 2605.21070 (2026)
+sequences, labels, initial weights and number of steps (280 + 120); they differ in the first 280,
+where SPT hides tokens of these sequences and asks for them. After arXiv 2605.21070 (2026)
 and Amos et al., arXiv 2310.02980; the tasks and the set-up are this project's own, see README.md.
 
 The story, top to bottom: Config; positions; the model; masking and the training loop; probes;
@@ -53,8 +53,8 @@ from synthetic_tasks import (TASKS, best_possible_accuracy, count_baseline, from
                              proximity)
 
 # ---------------------------------------------------------------------------------------------
-# Config. Every default lives here and nowhere else, and the command line is made from it, so
-# that help, flags and code cannot drift apart. Functions that others may copy take plain
+# Config. The default of every flag lives here, and the command line is made from it, so that
+# help, flags and code cannot drift apart. Functions that others may copy take plain
 # arguments instead; only what runs a whole experiment takes a Config.
 # ---------------------------------------------------------------------------------------------
 POSITIONS = ("sinusoidal", "learned", "rotary", "distance", "symmetric", "none")
@@ -77,7 +77,7 @@ class Config:
     spt: bool = option(False, "pretrain on masked tokens first; without it labels get all steps")
     compare: bool = option(False, "both arms over several seeds, side by side")
     reproduce: bool = option(False, "measure every claim, with a verdict; status 1 if one fails")
-    quick: bool = option(False, "with --reproduce: one seed and the fast rows only")
+    quick: bool = option(False, "with --reproduce: claims 1, 5 and 6, one seed")
     theory: bool = option(False, "what labels and masked tokens see of the attention scores")
     seed: int = option(0, "seed of data, weights, batches and masks", 0, 2**32 - 1)
     seeds: int = option(3, "seeds of --compare and --reproduce, from --seed up", 1, 1000)
@@ -216,10 +216,11 @@ def distance_bias(n_heads, seq_len, one_sided=True):
 # The model: one pre-norm Transformer encoder with two heads on top, one that fills in masked
 # tokens and one that classifies. The linear maps inside have no bias: it bought nothing here.
 #
-# Where can proximity sit? A place's vector is token plus position, x_i = t_i + p_i, and a score is
-#     x_iᵀ W x_j / √D,  W = Wqᵀ Wk of one head.
-# Multiplied out, one of its four terms, p_iᵀ W p_j, knows places only. W decides whether it is
-# large for j next to i: that is all there is to learn, and it sits in the query and key maps.
+# Where can proximity sit? A place's vector is token plus position, t_i + p_i. But for the norm, a
+# score of the first block is
+#     (t_i + p_i)ᵀ M (t_j + p_j) / √D,  M the product of one head's query and key maps.
+# Multiplied out, one of its four terms, p_iᵀ M p_j, knows places only. M decides whether it is
+# large for j next to i: attention to neighbours is a matter of the query and key maps.
 # ---------------------------------------------------------------------------------------------
 class Attention(nn.Module):
     """Multi-head self-attention, softmax(q kᵀ / √D + bias) v   (Vaswani et al. 2017, sec. 3.2)
@@ -374,8 +375,8 @@ def masked_loss(model, tokens, corrupted, is_masked):
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2), fused.
 
-    The numbers of torch.optim.AdamW, whose own first use imports PyTorch's compiler: 2 s that a
-    run of a few seconds need not spend. The betas are smaller than the usual 0.9 and 0.999: with
+    The numbers of torch.optim.AdamW, whose own first use imports PyTorch's compiler, which
+    takes as long as a whole run here. The betas are smaller than the usual 0.9 and 0.999: with
     less memory of old gradients pretraining leaves its first plateau in fewer steps.
     """
 
@@ -507,7 +508,8 @@ def attention_by_offset(model, tokens):
 
 # ---------------------------------------------------------------------------------------------
 # One run, start to end: data, model, training, measurements. The two arms are this one function;
-# all that differs between them is who gets the first `pretrain_steps`.
+# what differs is the question in the first `pretrain_steps`. Each phase has its own optimizer and
+# schedule; README tells what label training makes of such a fresh start.
 # ---------------------------------------------------------------------------------------------
 def load_data(config):
     """The config with the sizes of its data in it, and the data: four int64 arrays, which are train
@@ -534,14 +536,15 @@ def neighbour_offsets(config):
 def run(config):
     """Train one arm and measure it; returns plain numbers, ready for JSON. Sets torch's threads.
 
-    `curve` is the accuracy on the first 128 test sequences, [[step, accuracy], ...], where the
-    steps of pretraining count. `attention_by_offset` is the mean over layers and heads.
+    `train_accuracy` is that of the first 1,000 training sequences, `curve` that of the first 128
+    test sequences, [[step, accuracy], ...], where the steps of pretraining count.
+    `attention_by_offset` and `neighbour_attention` are means over layers and heads.
     """
     start = time.perf_counter()
     torch.set_num_threads(config.threads)
     config, data = load_data(config)
     x, y, x_test, y_test = (torch.from_numpy(a).to(config.device) for a in data)  # (n, T), (n,)
-    pretrain_steps = config.pretrain_steps if config.spt else 0
+    pretrain_steps, n_classes = config.pretrain_steps if config.spt else 0, int(y.max()) + 1
     if not config.spt and config.load is None:    # label training gets the same total of steps
         config = replace(config, finetune_steps=config.pretrain_steps + config.finetune_steps)
     every = math.ceil((pretrain_steps + config.finetune_steps) / 20)    # at most 20 looks
@@ -560,7 +563,7 @@ def run(config):
         by_offset[stage] = [[o, mass[middle + o]] for o in range(-reach, reach + 1)]
 
     # Both arms start from the same random weights, which the seed gives.
-    model = new_model(config, n_classes=int(y.max()) + 1)
+    model = new_model(config, n_classes)
     if config.load is not None:
         load_weights(config.load, model, config)
     look("start", model)
@@ -569,7 +572,7 @@ def run(config):
         # To say "it is these weights", source and target must share nothing else, not even their
         # random start.
         if config.transfer != "all":
-            pretrained = new_model(replace(config, seed=config.seed ^ 2**31), int(y.max()) + 1)
+            pretrained = new_model(replace(config, seed=config.seed ^ 2**31), n_classes)
         masked_losses = pretrain(pretrained, x, config)
         look("pretraining", pretrained)
         transfer(pretrained, model, config.transfer)
@@ -662,7 +665,8 @@ def run_all(tagged, jobs, json_path):
     results = [None] * len(tagged)
     if not tagged:
         return results
-    # CUDA does not survive a fork; on the CPU a fork saves every worker the import of PyTorch.
+    # CUDA does not survive a fork, so there workers are spawned; else the platform's own way will
+    # do, and where that is a fork, as on Linux, workers need not import PyTorch.
     start = None if all(config.device == "cpu" for _, config in tagged) else "spawn"
     with ProcessPoolExecutor(min(jobs, len(tagged)), multiprocessing.get_context(start),
                              initializer=start_worker) as pool:
@@ -708,7 +712,8 @@ def summary(results):
     return {"train": statistics.mean(r["train_accuracy"] for r in results),
             "test": statistics.mean(r["test_accuracy"] for r in results),
             "near": statistics.mean(list(r["neighbour_attention"].values())[-1] for r in results),
-            "steps": statistics.median(r["steps_to_95"] or math.inf for r in results)}
+            "steps": statistics.median(math.inf if r["steps_to_95"] is None else r["steps_to_95"]
+                                       for r in results)}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -801,7 +806,7 @@ def show_row(name, results):
 def compare(config):
     """Both arms over several seeds, side by side; the label-only arm is tuned in its favour."""
     # Label training gets three learning rates and keeps the best, chosen on the very test set it
-    # is measured on; SPT gets one. Whatever gap is left is not for want of tuning.
+    # is measured on; SPT gets one.
     arms = {f"labels only, lr {lr:g}": replace(config, spt=False, lr=lr)
             for lr in sorted({*LABEL_LRS, config.lr})}
     arms[f"SPT, lr {config.lr:g}"] = replace(config, spt=True)
@@ -819,7 +824,7 @@ def compare(config):
     say(f"gap in test accuracy, SPT less the best of labels only: "
         f"{summary(groups[spt])['test'] - summary(groups[best])['test']:.3f}")
     say(f"seconds for one run: {statistics.mean(r['seconds'] for r in results):.1f}\n")
-    say("  test accuracy over steps; SPT spends its first on masked tokens")
+    say("  test accuracy over steps; SPT spends its first steps on masked tokens")
     for name in (best, spt):
         steps, heights = mean_curve([r["curve"] for r in groups[name]])
         say(f"  {name:<22}{bars(heights, 1):>21}  to step {steps[-1]:,}")
@@ -827,8 +832,9 @@ def compare(config):
 
 
 # ---------------------------------------------------------------------------------------------
-# The claims of the paper, as data: a row is what differs from its task's recipe, and what must
-# hold of the numbers that come out. Both arms of a claim get the same total of steps.
+# The claims, after the paper's abstract, as data: a row is what differs from its task's recipe,
+# and what must hold of the numbers that come out. Unless a row changes them, both arms get the
+# recipe's total of steps.
 # ---------------------------------------------------------------------------------------------
 LONGER = dict(pretrain_steps=560, finetune_steps=400)    # what is copied alone must be good
 CLAIMS = {    # {claim: {row: (changes, rule, ...)}}; a rule reads a row's `summary`
@@ -840,19 +846,21 @@ CLAIMS = {    # {claim: {row: (changes, rule, ...)}}; a rule reads a row's `summ
         "text: labels only": (dict(task="text", lrs=LABEL_LRS), "test < 0.60"),
         "text: SPT": (dict(task="text", spt=True), "test > 0.95"),
     },
-    "1c The lead is in steps: with ten times as many, labels begin to find it": {
-        "10x steps": (dict(lrs=(0.003,), finetune_steps=3720), "test > 0.60", "steps > 4 x SPT"),
-        "learned positions": (dict(positions="learned", lrs=LABEL_LRS), "test < 0.80"),
+    "1c The lead is in steps: given ten times as many, labels find it, too": {
+        "labels, 10x steps": (dict(lrs=(0.003,), finetune_steps=3720), "test > 0.70",
+                              "steps > 4 x SPT"),
+        "labels, learned positions": (dict(positions="learned", lrs=LABEL_LRS), "test < 0.75"),
     },
-    "2 It is not depth": {
+    "2 It is not depth: more layers do not help labels": {
         "labels, 2 layers": (dict(n_layers=2, lrs=LABEL_LRS), "test < 0.60"),
         "labels, 4 layers": (dict(n_layers=4, lrs=LABEL_LRS), "test < 0.60"),
         "SPT, 2 layers": (dict(n_layers=2, spt=True), "test > 0.90"),
     },
-    "3 It is not generalization alone: at equal steps labels do not even fit": {
-        "labels, 50,000 seq.": (dict(n_train=50_000, lrs=LABEL_LRS), "train < 0.60"),
+    "3 It is not generalization alone: more sequences do not help labels": {
+        "labels, 50,000 sequences": (dict(n_train=50_000, lrs=LABEL_LRS), "train < 0.60"),
         "... and 10x steps": (dict(n_train=50_000, lrs=(0.003,), finetune_steps=3720),
                               "train < 0.90"),
+        "labels, 200 sequences": (dict(n_train=200, lrs=LABEL_LRS), "test < 0.65"),
         "SPT, 200 sequences": (dict(n_train=200, spt=True), "test > 0.85"),
     },
     "4 It is the query and key maps (qk): copied, then 400 steps on labels": {
@@ -861,7 +869,7 @@ CLAIMS = {    # {claim: {row: (changes, rule, ...)}}; a rule reads a row's `summ
         "all, qk then frozen": (dict(spt=True, freeze_qk=True, finetune_steps=400),
                                 "test > 0.90"),
     },
-    "5 They learn to look next door; where that is given, labels suffice": {
+    "5 They learn to look next door; given offset and side, labels suffice": {
         "SPT, no positions": (dict(spt=True, positions="none"), "test < 0.60"),
         "labels, rotary": (dict(positions="rotary"), "test > 0.95"),
         "labels, distance bias": (dict(positions="distance"), "test > 0.95"),
@@ -885,7 +893,8 @@ def obeys(rule, row, rows):
 def reproduce(config):
     """Measure every claim and print rows and verdicts; returns whether all of them hold.
 
-    Of several learning rates, `lrs`, a row keeps the one that is best on the test set.
+    Of several learning rates, `lrs`, a row keeps the one that is best on the test set of the
+    first seed.
     """
     claims = {title: rows for title, rows in CLAIMS.items()
               if not config.quick or title.startswith(("1 ", "5 "))}
@@ -894,8 +903,8 @@ def reproduce(config):
         for name, (changes, *_) in rows.items():
             changes = {"task": "proximity", "seed": config.seed, "device": config.device,
                        "threads": config.threads, **changes}
-            first += [(dict(claim=title, row=name), recipe(**changes, lr=lr))
-                      for lr in changes.pop("lrs", [Config.lr])]
+            lrs = changes.pop("lrs", [Config.lr])
+            first += [(dict(claim=title, row=name), recipe(**changes, lr=lr)) for lr in lrs]
     # First seed: every learning rate. The other seeds: the rate that was best.
     for (tags, made), result in zip(first, run_all(first, config.jobs, config.json)):
         name = tags["row"]
@@ -922,7 +931,8 @@ def reproduce(config):
         verdict(all(obeys(rule, numbers[name], numbers) for name, rule in rules),
                 "; ".join(f"{name}: {rule}" for name, rule in rules))
     say("6 In theory: labels are locally blind to proximity, masked tokens are not")
-    verdict(theory(config), "exactly blind along all circulant directions, not along the other")
+    verdict(theory(config), "labels exactly blind along all circulant directions, not along "
+            "the other; masked tokens not blind, where neighbours depend on each other")
     return all(verdicts)
 
 
@@ -933,8 +943,8 @@ def reproduce(config):
 # query and key maps can make of positional encodings):
 #     A = softmax(S) by rows,  z_i = Σ_j A_ij v_j,  v_j the value of token j,  φ token by token,
 #     label logits Wᵀ mean_i φ(z_i),  logits of a masked token i: Uᵀ φ(z_i).
-# A direction D in the space of scores is *circulant* if D_ij depends on (j - i) mod T alone: it
-# prefers an offset, wherever the query stands. "Look one to the left" is D_ij = 1 where j = i - 1,
+# A direction Δ in the space of scores is *circulant* if Δ_ij depends on (j - i) mod T alone: it
+# prefers an offset, wherever the query stands. "Look one to the left" is Δ_ij = 1 where j = i - 1,
 # else 0; proximity is made of such directions. (mod T closes the sequence to a circle, so that all
 # columns are alike; with open ends the columns near them differ, a fraction O(1/T) of all.)
 #
@@ -943,15 +953,15 @@ def reproduce(config):
 #    scores have dropped out: derivatives of every order are 0, whatever data and weights are.
 # 2. Any φ: labels are blind to first order at S = 0, uniform attention, although looking at
 #    neighbours may now pay further out. At S = 0 every z_i is the mean value v̄, and
-#    dA_ij = (D_ij - mean_k D_ik) / T has zero column sums if D is circulant:
+#    dA_ij = (Δ_ij - mean_k Δ_ik) / T has zero column sums if Δ is circulant:
 #        d mean_i φ(z_i) = φ'(v̄) (1/T) Σ_j (Σ_i dA_ij) v_j = 0.
 # 3. Masked tokens escape, since each asks for itself, before any mean over i. Along "look ℓ to
-#    the side" dz_i = (v_{i+ℓ} - v̄) / T. With p the predicted probabilities, the loss moves by
-#        -(1/T) E[(onehot(x_i) - p)ᵀ Uᵀ φ'(v̄) (v_{i+ℓ} - v̄)],  i masked,
-#    which in general is not 0 when x_i and x_{i+ℓ} depend on each other: when neighbours matter.
+#    the side" dz_i = (v_{i+ℓ} - v̄) / T. With π the predicted probabilities, the loss moves by
+#        -(1/T) E[(onehot(x_i) - π)ᵀ Uᵀ φ'(v̄) (v_{i+ℓ} - v̄)],  i masked,
+#    which in general is not 0 when the symbols x_i and x_{i+ℓ} depend on each other.
 #
 # A caution. Token i is itself a mask symbol, so "look to the side" also means "look less at
-# yourself", which pays a little (O(1/T)) with any data. So each row of D here is 0 at j = i and
+# yourself", which pays a little (O(1/T)) with any data. So each row of Δ here is 0 at j = i and
 # has mean 0 over all other j; for shuffled tokens the expected derivative is then exactly 0.
 # ---------------------------------------------------------------------------------------------
 def blind_directions(tokens, labels, is_masked, values, to_class, to_symbol, phi=torch.tanh,
@@ -986,11 +996,11 @@ def blind_directions(tokens, labels, is_masked, values, to_class, to_symbol, phi
         "random, not circulant": torch.randn(T, T, generator=generator),
     }
     # The derivative along a direction is its inner product with the gradient.
-    found = {}
+    found, others = {}, (offset != 0).to(values.dtype)                    # (T, T)
     for name, direction in directions.items():
-        direction = direction.to(values.dtype).masked_fill(offset == 0, 0)  # (T, T)
-        direction -= direction.sum(dim=-1, keepdim=True) / (T - 1)        # rows add up to nothing
-        direction = direction.masked_fill(offset == 0, 0)                 # and spare j = i
+        # Rows spare j = i and have mean 0 over all other j.
+        direction = direction * others                                    # (T, T)
+        direction -= others * direction.sum(dim=-1, keepdim=True) / (T - 1)  # (T, T)
         # All of one length, so that derivatives along them can be compared.
         direction *= math.sqrt(T) / direction.norm()                      # (T, T)
         found[name] = tuple((gradient * direction).sum().item() for gradient in gradients)
@@ -1019,9 +1029,10 @@ def offset_gradients(model, tokens, labels, config):
     """The same question to the full Transformer: residual stream, LayerNorm, MLP and all.
 
     tokens (n, T), labels (n,) in 0, 1; the first 256 are used, in batches. Gradients with respect
-    to an extra score bias by offset (j - i) mod T; a negative one draws attention there. Each loss
-    is taken less a control, so that what has nothing to do with labels or with neighbours cancels:
-    half the loss with the two labels swapped, or the loss of the same tokens shuffled. Returns
+    to an extra score bias by offset (j - i) mod T; a negative one draws attention there. What has
+    nothing to do with labels or with neighbours is taken out: the label part is half the difference
+    to the loss with the two labels swapped, the masked part the difference to the loss of the same
+    tokens shuffled. Returns
     {direction: (label part, masked part)}, each the mean over batches and its standard error.
     """
     V, T = config.vocab_size, config.seq_len
@@ -1062,8 +1073,8 @@ def theory(config):
         for name, (label, masked) in found.items():
             seen = "exactly blind" if abs(label) < 1e-15 else f"{abs(label):.1e}"
             say(f"    {name:<36}{seen:<20}{abs(masked):.1e}")
-        *circulant, (label, _) = found.values()    # the last direction is not circulant
-        holds += [abs(label) > 1e-9, all(abs(label) < 1e-12 for label, _ in circulant),
+        *circulant, (not_circulant, _) = found.values()
+        holds += [abs(not_circulant) > 1e-9, all(abs(label) < 1e-12 for label, _ in circulant),
                   shuffled or all(abs(masked) > 1e-6 for _, masked in circulant)]
 
     generator = torch.Generator().manual_seed(config.seed)
@@ -1122,7 +1133,7 @@ def parse(argv):
         raise ValueError("quick goes with --reproduce")
     if ("save" in given or "load" in given) and "compare" in given:
         raise ValueError("save and --load go with a single run")
-    # These two say themselves what they run; a flag that would be ignored is refused instead.
+    # These two say themselves what they run, and refuse flags that say otherwise.
     takes = {"reproduce": {"quick", "seed", "seeds", "jobs", "threads", "device", "json"},
              "theory": {"seed", "threads"}}
     for mode in takes.keys() & given.keys():
