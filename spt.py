@@ -848,6 +848,7 @@ CLAIMS = {    # {claim: {row: (changes, rule, ...)}}; a rule reads a row's `summ
         "text: SPT": (dict(task="text", spt=True), "test > 0.95"),
     },
     "1c The lead is in steps: given ten times as many, labels find it, too": {
+        # 280 + 3,720 steps are ten times 400; 0.003 is the rate that suits so many.
         "labels, 10x steps": (dict(lrs=(0.003,), finetune_steps=3720), "test > 0.70",
                               "steps > 4 x SPT"),
         "labels, learned positions": (dict(positions="learned", lrs=LABEL_LRS), "test < 0.75"),
@@ -858,6 +859,8 @@ CLAIMS = {    # {claim: {row: (changes, rule, ...)}}; a rule reads a row's `summ
         "SPT, 2 layers": (dict(n_layers=2, spt=True), "test > 0.90"),
     },
     "3 It is not generalization alone: more sequences do not help labels": {
+        # A model that only overfits would do better with more sequences; one that cannot find the
+        # pattern can still learn few sequences by heart.
         "labels, 50,000 sequences": (dict(n_train=50_000, lrs=LABEL_LRS), "train < 0.60"),
         "... and 10x steps": (dict(n_train=50_000, lrs=(0.003,), finetune_steps=3720),
                               "train < 0.90"),
@@ -865,18 +868,22 @@ CLAIMS = {    # {claim: {row: (changes, rule, ...)}}; a rule reads a row's `summ
         "SPT, 200 sequences": (dict(n_train=200, spt=True), "test > 0.85"),
     },
     "4 It is the query and key maps (qk): copied, then 400 steps on labels": {
+        # The maps meet weights they have never seen: all else starts from another seed.
         "only qk": (dict(spt=True, transfer="qk", **LONGER), "test > 0.90"),
         "all but qk": (dict(spt=True, transfer="not-qk", **LONGER), "test < 0.60"),
         "all, qk then frozen": (dict(spt=True, freeze_qk=True, finetune_steps=400),
                                 "test > 0.90"),
     },
     "5 They learn to look next door; given offset and side, labels suffice": {
+        # Rotary positions and the one-sided bias know left from right. |i - j| does not: a sequence
+        # and its mirror image, which is of the other class, look the same to it.
         "SPT, no positions": (dict(spt=True, positions="none"), "test < 0.60"),
         "labels, rotary": (dict(positions="rotary"), "test > 0.95"),
         "labels, distance bias": (dict(positions="distance"), "test > 0.95"),
         "labels, bias in |i - j|": (dict(positions="symmetric"), "test < 0.60"),
     },
     "Control, and where SPT does not help: counting tokens is enough": {
+        # Token counts are all there is, and label training finds them at once.
         "bag: labels only": (dict(task="bag"), "test > 0.90"),
         "bag: SPT": (dict(task="bag", spt=True), "test > 0.97 x bag: labels only",
                      "test < 1.03 x bag: labels only"),
