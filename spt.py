@@ -123,8 +123,8 @@ class Config:
                 raise ValueError(f"{f.name} {value}: must be from {rule['low']} to {rule['high']}")
         # Sine and cosine need an even d_model; rotary positions need it of every head.
         if self.d_model % (2 * self.n_heads):
-            raise ValueError(f"d_model {self.d_model}: must be a multiple of 2 x n_heads, which is "
-                             f"{self.n_heads}")
+            raise ValueError(f"d_model {self.d_model}: must be a multiple of 2 x n_heads, which "
+                             f"is {2 * self.n_heads}")
         if self.lag > 1 and self.task != "proximity":
             raise ValueError(f"lag {self.lag}: only proximity has a lag")
         if self.text is not None and self.task != "text":
@@ -476,7 +476,7 @@ def accuracy(model, tokens, labels, batch_size=256):
 def transfer(source, target, which="all"):
     """Copy weights of `source` to `target`: "all", its query and key maps ("qk"), or "not-qk".
 
-    The classification head of `target` stays fresh in every case. Returns the names copied.
+    The classification head of `target` stays fresh in every case.
     """
     # What is not named here keeps the random start of `target`.
     moved = {}
@@ -486,7 +486,6 @@ def transfer(source, target, which="all"):
         if wanted and not name.startswith("class_head"):
             moved[name] = weight
     target.load_state_dict(moved, strict=False)
-    return list(moved)
 
 
 @torch.no_grad()
@@ -552,8 +551,8 @@ def run(config):
     middle, reach = config.seq_len - 1, min(config.seq_len - 1, 16)    # offsets shown: +-reach
     curve, near, by_offset, masked_losses = [], {}, {}, []
 
-    def follow(step):    # every = 0 where there are no steps at all
-        if not every or step % every == 0 or step == config.finetune_steps:
+    def follow(step):
+        if step == config.finetune_steps or step % every == 0:
             curve.append([pretrain_steps + step, accuracy(model, x_test[:128], y_test[:128])])
 
     # Attention matrices are T x T for every sequence and head: the longer, the fewer are looked at.
@@ -1040,8 +1039,9 @@ def offset_gradients(model, tokens, labels, config):
     to an extra score bias by offset (j - i) mod T; a negative one draws attention there. What has
     nothing to do with labels or with neighbours is taken out: the label part is half the difference
     to the loss with the two labels swapped, the masked part the difference to the loss of the same
-    tokens shuffled. Returns
-    {direction: (label part, masked part)}, each the mean over batches and its standard error.
+    tokens shuffled. The extra bias takes the place of any bias that `model` has, and stays there.
+    Returns {direction: (label part, masked part)}, each the mean over batches and its standard
+    error.
     """
     V, T = config.vocab_size, config.seq_len
     offset = (torch.arange(T) - torch.arange(T)[:, None]) % T             # (T, T)
@@ -1085,14 +1085,14 @@ def theory(config):
         holds += [abs(not_circulant) > 1e-9, all(abs(label) < 1e-12 for label, _ in circulant),
                   shuffled or all(abs(masked) > 1e-6 for _, masked in circulant)]
 
-    generator = torch.Generator().manual_seed(config.seed)
-    offset = (torch.arange(16) - torch.arange(16)[:, None]) % 16          # (T, T)
     # Proposition 1 is about any circulant scores: walk from uniform attention to far away.
-    losses = []
+    inputs = theory_inputs(n=200, seed=config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+    T, losses = inputs[0].shape[1], []
+    offset = (torch.arange(T) - torch.arange(T)[:, None]) % T             # (T, T)
     for size in (0, 1, 3, 10):
-        kernel = size * torch.randn(16, generator=generator, dtype=torch.float64)  # (T,)
-        losses += blind_directions(*theory_inputs(n=200, seed=config.seed), phi=lambda z: z,
-                                   scores=kernel[offset])[1:]
+        kernel = size * torch.randn(T, generator=generator, dtype=torch.float64)  # (T,)
+        losses += blind_directions(*inputs, phi=lambda z: z, scores=kernel[offset])[1:]
     label_range, masked_range = (max(column) - min(column) for column in zip(*losses))
     say(f"  {'far from uniform attention, linear φ':<38}{'label loss':<20}masked loss")
     say(f"    {'varies over circulant scores by':<36}{label_range:<20.0e}{masked_range:.2f}")

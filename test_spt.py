@@ -3,6 +3,7 @@ exact symmetries, and the gap itself.
 
     python -m pytest -q
 """
+import copy
 import inspect
 import itertools
 import json
@@ -292,6 +293,17 @@ def test_adamw_takes_the_steps_of_torch():
     assert (ours - start).abs().min() > 0.01
 
 
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_a_tenth(monkeypatch):
+    rates = []
+    monkeypatch.setattr(spt.AdamW, "step", lambda self, lr: rates.append(lr))
+    config = replace(SMALL, finetune_steps=100, lr=0.5)
+    spt.finetune(spt.new_model(config), torch.zeros(8, 9, dtype=torch.int64),
+                 torch.arange(8) % 2, config)
+    assert rates[0] == pytest.approx(0.05) and np.argmax(rates) == 9
+    assert rates[9] == pytest.approx(0.5, rel=0.01) and rates[-1] == pytest.approx(0.05, rel=0.2)
+    assert rates[50] == pytest.approx(0.5 * (1 - 0.9 / 4))
+
+
 def test_a_loss_that_is_no_number_stops_the_run():
     model = spt.new_model(SMALL)
     with pytest.raises(FloatingPointError, match="pretraining"):
@@ -395,6 +407,21 @@ def test_fine_tuning_starts_from_the_pretrained_encoder_with_nothing_masked(monk
     assert seen == set(range(config.vocab_size))
 
 
+@pytest.mark.parametrize("which", ["all", "qk", "not-qk"])
+def test_weights_that_move_alone_come_from_another_random_start(which, monkeypatch):
+    source = {}
+
+    def no_pretraining(model, tokens, config):
+        source.update(copy.deepcopy(model.state_dict()))
+        return [0.0]
+    monkeypatch.setattr(spt, "pretrain", no_pretraining)
+    config = replace(SMALL, spt=True, transfer=which)
+    spt.run(config)
+    fresh = spt.new_model(config).state_dict()
+    for name in ("token_embedding.weight", "blocks.0.attention.query_key.weight"):
+        assert torch.equal(source[name], fresh[name]) == (which == "all")
+
+
 def test_the_gap_end_to_end(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = Path("r.jsonl")
@@ -467,20 +494,56 @@ def test_every_rule_can_fail():
                 assert set(other[1:]) <= set(names)
 
 
-def test_a_claim_whose_numbers_are_swapped_does_not_hold(capsys, monkeypatch):
-    def measured(accuracy):
-        return dict(test_accuracy=accuracy, train_accuracy=accuracy, neighbour_attention={"x": 0.2},
-                    steps_to_95=300, pretrain_steps=280, finetune_steps=120)
+def result_of(accuracy, steps=300):
+    return dict(test_accuracy=accuracy, train_accuracy=accuracy, steps_to_95=steps,
+                neighbour_attention={"x": 0.2}, pretrain_steps=280, finetune_steps=120)
 
+
+def test_a_claim_whose_numbers_are_swapped_does_not_hold(capsys, monkeypatch):
     monkeypatch.setattr(spt, "CLAIMS", {"1 one": {"low": ({}, "test < 0.6"),
                                                   "high": ({}, "test > 0.9")}})
     monkeypatch.setattr(spt, "theory", lambda config: True)
     for low, high, holds in ((0.5, 1.0, True), (1.0, 0.5, False), (0.5, 0.5, False)):
         monkeypatch.setattr(spt, "run_all", lambda tagged, jobs, path: [
-            measured(low if tags["row"] == "low" else high) for tags, _ in tagged])
+            result_of(low if tags["row"] == "low" else high) for tags, _ in tagged])
         assert spt.main(["--reproduce"]) == (0 if holds else 1)
         assert ("DOES NOT HOLD: low: test < 0.6; high: test > 0.9"
                 in capsys.readouterr().out) != holds
+
+
+def test_of_several_learning_rates_a_row_keeps_the_best_of_the_first_seed(capsys, monkeypatch):
+    asked = []
+
+    def fake(tagged, jobs, path):
+        asked.append([(config.seed, config.lr) for _, config in tagged])
+        return [result_of({0.1: 0.5, 0.2: 0.7, 0.3: 0.6}[config.lr]) for _, config in tagged]
+    monkeypatch.setattr(spt, "run_all", fake)
+    monkeypatch.setattr(spt, "CLAIMS", {"1 one": {"row": (dict(lrs=(0.1, 0.2, 0.3)),
+                                                          "test > 0.6")}})
+    monkeypatch.setattr(spt, "theory", lambda config: True)
+    assert spt.main(["--reproduce", "--seed", "4"]) == 0
+    assert asked == [[(4, 0.1), (4, 0.2), (4, 0.3)], [(5, 0.2), (6, 0.2)]]
+    assert "0.700 ± 0.000" in capsys.readouterr().out
+
+
+def test_summary_takes_means_and_the_median_of_steps_where_never_is_infinite():
+    found = spt.summary([result_of(0.5, None), result_of(0.7, 100), result_of(0.9, 0)])
+    assert found == pytest.approx({"train": 0.7, "test": 0.7, "near": 0.2, "steps": 100})
+    assert spt.summary([result_of(1, None), result_of(1, None), result_of(1, 5)])["steps"] \
+        == math.inf
+
+
+def test_theory_fails_where_labels_are_not_blind(capsys, monkeypatch):
+    blind = spt.blind_directions
+    for change in (lambda label, masked: (label + 1e-6, masked),     # labels see
+                   lambda label, masked: (label, 0.0),               # masked tokens do not
+                   lambda label, masked: (0.0, masked)):             # blind along every direction
+        monkeypatch.setattr(spt, "blind_directions", lambda *inputs, **more: (
+            {name: change(*pair) for name, pair in blind(*inputs, **more)[0].items()},
+            blind(*inputs, **more)[1]))
+        assert spt.main(["--theory"]) == 1
+    monkeypatch.undo()
+    assert spt.main(["--theory"]) == 0
 
 
 def test_reproduce_quick_holds_and_says_so(tmp_path, capfd):
@@ -561,6 +624,40 @@ def test_without_dependence_the_masked_derivative_vanishes_as_one_over_the_root_
     assert 0.35 < root_mean_square(400) / root_mean_square(100) < 0.7
 
 
+@pytest.mark.filterwarnings("ignore:std")    # of a single batch there is no standard error
+def test_offset_gradients_agree_with_finite_differences():
+    torch.manual_seed(0)
+    config, T = replace(SMALL, n_heads=1, n_layers=2), SMALL.seq_len
+    tokens, labels = torch.randint(5, (32, T)), torch.randint(2, (32,))
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = spt.new_model(config)
+        found = spt.offset_gradients(model, tokens, labels, config)
+        generator = torch.Generator().manual_seed(config.seed)    # the draws of offset_gradients
+        shuffled = tokens.gather(1, torch.rand(tokens.shape, generator=generator,
+                                               dtype=torch.float64).argsort(dim=1))
+        _, is_masked = spt.mask_tokens(tokens, 5, config.mask_ratio, generator)
+
+        def parts(left, right):    # scores raised at one offset, less the mean over all others
+            offset = (torch.arange(T) - torch.arange(T)[:, None]) % T
+            bias = torch.where(offset == T - 1, left, torch.where(offset == 1, right, 0.0))
+            bias = bias - (left + right) / (T - 1) * (offset != 0)
+            for block in model.blocks:
+                block.attention.bias = bias[None]
+            p = model.classify(tokens).log_softmax(dim=-1)
+            masked = [spt.masked_loss(model, x, x.masked_fill(is_masked, 5), is_masked)
+                      for x in (tokens, shuffled)]
+            return torch.stack([(p.gather(1, 1 - labels[:, None])
+                                 - p.gather(1, labels[:, None])).mean() / 2, masked[0] - masked[1]])
+        for name, side in (("look both ways", 1), ("left, not right", -1)):
+            step = 1e-7    # small, since ReLU has kinks
+            slope = (parts(step, side * step) - parts(-step, -side * step)) / (2 * step)
+            assert [mean for mean, _ in found[name]] == pytest.approx(slope.tolist(), rel=1e-4)
+            assert slope.abs().min() > 1e-6
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_in_the_full_model_only_the_masked_gradient_comes_to_draw_attention_next_door():
     config = spt.recipe("proximity", pretrain_steps=100, finetune_steps=100)
     x, y = map(torch.from_numpy, spt.load_data(config)[1][:2])
@@ -608,7 +705,8 @@ def test_saved_weights_come_back_and_evaluate_to_the_same_numbers(tmp_path, caps
     assert first["attention_by_offset"]["fine-tuning"] == second["attention_by_offset"]["start"]
     assert sorted(os.listdir()) == ["d.npz", "m.pt", "r.jsonl"]
     assert "of 6 tokens" in capsys.readouterr().out
-    for other in (["--n-heads", "4"], ["--d-model", "64"], ["--positions", "none"]):
+    for other in (["--n-heads", "4"], ["--d-model", "64"], ["--positions", "none"],
+                  ["--transfer", "qk", "--spt"]):
         assert spt.main([*flags, "--load", "m.pt", *other]) == 2
         assert other[0][2:].replace("-", "_") in capsys.readouterr().err
 
