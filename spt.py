@@ -11,11 +11,11 @@ The first command takes 4 s on one core of an AMD EPYC with torch 2.13.0, of whi
 import, and ends with
 
     chance 0.500, counting tokens 0.495, best possible 1.000
-    train accuracy 1.000
+    train accuracy 0.999
     test accuracy  1.000
 
 The second ends near 0.500, which is chance. The two ways to train, the two *arms*, see the same
-sequences, labels, initial weights and number of steps (280 + 120); they differ in the first 280,
+sequences, labels, initial weights and number of steps (160 + 100); they differ in the first 160,
 where SPT hides tokens of these sequences and asks for them. After arXiv 2605.21070 (2026)
 and Amos et al., arXiv 2310.02980; the tasks and the set-up are this project's own, see README.md.
 
@@ -105,11 +105,11 @@ class Config:
     n_heads: int = option(2, "attention heads, H", 1, 2**10)
     d_ff: int = option(64, "width inside the MLP", 1, 2**16)
     # the training
-    pretrain_steps: int = option(280, "steps of masked reconstruction", 1, 10**8)
-    finetune_steps: int = option(120, "steps on labels", 0, 10**8)
+    pretrain_steps: int = option(160, "steps of masked reconstruction", 1, 10**8)
+    finetune_steps: int = option(100, "steps on labels", 0, 10**8)
     batch_size: int = option(16, "sequences in a step, B", 1, 10**5)
     lr: float = option(0.01, "peak learning rate", 1e-8, 10.0)
-    mask_ratio: float = option(0.3, "share of tokens hidden in pretraining", 0.01, 0.99)
+    mask_ratio: float = option(0.4, "share of tokens hidden in pretraining", 0.01, 0.99)
     transfer: str = option("all", "pretrained weights that fine-tuning gets", choices=TRANSFERS)
     freeze_qk: bool = option(False, "keep query and key maps as they are while fine-tuning")
 
@@ -144,9 +144,9 @@ class Config:
 # has 41 symbols to tell apart, texture two directions to find, and strangers' data who knows what:
 # they get more steps. The signals are such that the best possible classifier is far from chance.
 RECIPES = {
-    "text": dict(n_train=20_000, n_test=5_000, vocab_size=41, pretrain_steps=1000,
+    "text": dict(n_train=20_000, n_test=5_000, vocab_size=41, pretrain_steps=700,
                  finetune_steps=400),
-    "texture": dict(signal=0.6, finetune_steps=200),
+    "texture": dict(signal=0.6, finetune_steps=160),
     "bag": dict(signal=0.2),
     "data": dict(pretrain_steps=400, finetune_steps=400),    # --data FILE
 }
@@ -299,7 +299,7 @@ class Transformer(nn.Module):
         self.token_embedding = nn.Embedding(V + 1, C)
         # At std 1, PyTorch's default, tokens drown the positions, whose entries are of size 0.7,
         # and attention takes far more steps to turn positions into proximity.
-        nn.init.normal_(self.token_embedding.weight, std=0.5)
+        nn.init.normal_(self.token_embedding.weight, std=0.4)
         # Learned positions start as large as sinusoidal ones. Fixed ones are no weights: they are
         # neither trained nor saved nor transferred.
         if config.positions == "learned":
@@ -312,7 +312,8 @@ class Transformer(nn.Module):
             bias = distance_bias(H, T, config.positions == "distance")    # (H, T, T)
         self.blocks = nn.ModuleList(Block(Attention(C, H, rotary, bias), C, config.d_ff)
                                     for _ in range(config.n_layers))
-        self.norm = nn.LayerNorm(C)
+        # Most pre-norm models have one more norm here, before the heads. Without it pretraining
+        # leaves its plateau in far fewer steps.
         self.reconstruction_head = nn.Linear(C, V)
         self.class_head = nn.Linear(C, n_classes)
 
@@ -324,7 +325,7 @@ class Transformer(nn.Module):
         x = self.embed(tokens)                                            # (B, T, C)
         for block in self.blocks[:-1]:
             x = block(x)                                                  # (B, T, C)
-        return self.norm(self.blocks[-1](x, only))                        # (B, T, C) or (N, C)
+        return self.blocks[-1](x, only)                                   # (B, T, C) or (N, C)
 
     # The two questions differ in one thing that will matter: reconstruction asks at a place,
     # classification asks for a mean over places, in which it is lost who stood next to whom.
@@ -381,7 +382,7 @@ class AdamW:
     less memory of old gradients pretraining leaves its first plateau in fewer steps.
     """
 
-    def __init__(self, weights, betas=(0.7, 0.9), eps=1e-8, weight_decay=0.01):
+    def __init__(self, weights, betas=(0.5, 0.98), eps=1e-8, weight_decay=0.01):
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         # For each weight: the mean of its gradient, the mean of its square, the steps so far.
         self.state = [(w, torch.zeros_like(w), torch.zeros_like(w),
@@ -412,14 +413,14 @@ def optimize(model, batch_loss, n_sequences, n_steps, config, phase, on_step=Non
     # disable=None: no bar where the output is no terminal.
     bar = tqdm(range(n_steps), desc=phase, unit=" steps", disable=None)
     for step in bar:
-        # Adam's first steps rest on few gradients, so they are made small. The parabola stays
-        # near its peak for long, and pretraining leaves its plateau sooner than with a cosine.
-        warm_up = min(1.0, (step + 1) / (0.1 * n_steps))
-        decay = 1 - 0.9 * (step / n_steps) ** 2
+        # Adam's first steps rest on few gradients, so they are made small. A fourth power
+        # stays near its peak for long: pretraining leaves its plateau sooner than with a cosine.
+        progress = (step + 1) / n_steps
+        lr = config.lr * min(1.0, progress / 0.1) * (1 - 0.9 * progress**4)
         rows = torch.randint(n_sequences, (config.batch_size,), generator=generator)  # (B,)
         loss = batch_loss(rows.to(config.device))                         # ()
         loss.backward()
-        optimizer.step(config.lr * warm_up * decay)
+        optimizer.step(lr)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise FloatingPointError(f"lr {config.lr}: the loss of {phase} is {losses[-1]} at step "
@@ -536,7 +537,7 @@ def neighbour_offsets(config):
 def run(config):
     """Train one arm and measure it; returns plain numbers, ready for JSON. Sets torch's threads.
 
-    `train_accuracy` is that of the first 1,000 training sequences, `curve` that of the first 128
+    `train_accuracy` is that of the first 1,000 training sequences, `curve` that of the first 64
     test sequences, [[step, accuracy], ...], where the steps of pretraining count.
     `attention_by_offset` and `neighbour_attention` are means over layers and heads.
     """
@@ -553,7 +554,7 @@ def run(config):
 
     def follow(step):
         if step == config.finetune_steps or step % every == 0:
-            curve.append([pretrain_steps + step, accuracy(model, x_test[:128], y_test[:128])])
+            curve.append([pretrain_steps + step, accuracy(model, x_test[:64], y_test[:64])])
 
     # Attention matrices are T x T for every sequence and head: the longer, the fewer are looked at.
     def look(stage, model):
@@ -706,7 +707,7 @@ def append_json(path, record):
 
 def summary(results):
     """What rules look at: means over runs of "train" and "test" accuracy and of "near", attention
-    on the neighbours at the end, and the median of "steps" to 95 % of 128 test sequences, where a
+    on the neighbours at the end, and the median of "steps" to 95 % of 64 test sequences, where a
     run that got no further counts as infinite.
     """
     return {"train": statistics.mean(r["train_accuracy"] for r in results),
@@ -836,7 +837,7 @@ def compare(config):
 # and what must hold of the numbers that come out. Unless a row changes them, both arms get the
 # recipe's total of steps.
 # ---------------------------------------------------------------------------------------------
-LONGER = dict(pretrain_steps=560, finetune_steps=400)    # what is copied alone must be good
+LONGER = dict(pretrain_steps=320, finetune_steps=300)    # what is copied alone must be good
 CLAIMS = {    # {claim: {row: (changes, rule, ...)}}; a rule reads a row's `summary`
     "1 SPT beats training on the labels alone, at equal steps": {
         "labels only": (dict(lrs=LABEL_LRS), "test < 0.60"),
@@ -847,8 +848,8 @@ CLAIMS = {    # {claim: {row: (changes, rule, ...)}}; a rule reads a row's `summ
         "text: SPT": (dict(task="text", spt=True), "test > 0.95"),
     },
     "1c The lead is in steps: given ten times as many, labels find it, too": {
-        # 280 + 3,720 steps are ten times 400; 0.003 is the rate that suits so many.
-        "labels, 10x steps": (dict(lrs=(0.003,), finetune_steps=3720), "test > 0.70",
+        # 160 + 2,440 steps are ten times 260; 0.003 is the rate that suits so many.
+        "labels, 10x steps": (dict(lrs=(0.003,), finetune_steps=2440), "test > 0.70",
                               "steps > 4 x SPT"),
         "labels, learned positions": (dict(positions="learned", lrs=LABEL_LRS), "test < 0.75"),
     },
@@ -861,16 +862,16 @@ CLAIMS = {    # {claim: {row: (changes, rule, ...)}}; a rule reads a row's `summ
         # A model that only overfits would do better with more sequences; one that cannot find the
         # pattern can still learn few sequences by heart.
         "labels, 50,000 sequences": (dict(n_train=50_000, lrs=LABEL_LRS), "train < 0.60"),
-        "... and 10x steps": (dict(n_train=50_000, lrs=(0.003,), finetune_steps=3720),
+        "... and 10x steps": (dict(n_train=50_000, lrs=(0.003,), finetune_steps=2440),
                               "train < 0.90"),
         "labels, 200 sequences": (dict(n_train=200, lrs=LABEL_LRS), "test < 0.65"),
         "SPT, 200 sequences": (dict(n_train=200, spt=True), "test > 0.85"),
     },
-    "4 It is the query and key maps (qk): copied, then 400 steps on labels": {
+    "4 It is the query and key maps (qk): copied, then 300 steps on labels": {
         # The maps meet weights they have never seen: all else starts from another seed.
         "only qk": (dict(spt=True, transfer="qk", **LONGER), "test > 0.95"),
         "all but qk": (dict(spt=True, transfer="not-qk", **LONGER), "test < 0.60"),
-        "all, qk then frozen": (dict(spt=True, freeze_qk=True, finetune_steps=400),
+        "all, qk then frozen": (dict(spt=True, freeze_qk=True, finetune_steps=300),
                                 "test > 0.90"),
     },
     "5 They learn to look next door; given offset and side, labels suffice": {
