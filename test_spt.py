@@ -17,6 +17,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -293,6 +294,11 @@ def test_adamw_takes_the_steps_of_torch():
     assert (ours - start).abs().min() > 0.01
 
 
+def test_the_residual_stream_keeps_its_precision_under_autocast():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert spt.new_model(SMALL)(torch.zeros(2, 9, dtype=torch.int64)).dtype == torch.float32
+
+
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_a_tenth(monkeypatch):
     rates = []
     monkeypatch.setattr(spt.AdamW, "step", lambda self, lr: rates.append(lr))
@@ -435,6 +441,8 @@ def test_the_gap_end_to_end(tmp_path, capsys, monkeypatch):
             and labels["best_possible"] > 0.99)
     assert (ours["pretrain_steps"] + ours["finetune_steps"]
             == labels["pretrain_steps"] + labels["finetune_steps"])
+    assert (math.lcm(*(Fraction(reached).denominator for _, reached in labels["curve"])) == 64
+            and [step for step, _ in labels["curve"]] == list(range(0, 261, 13)))    # 21 looks
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     mean, deviation = map(float, re.search(r"SPT, lr 0.01 .*?±.*?(\d\.\d+) ± (\d\.\d+)",
                                            readme).groups())
