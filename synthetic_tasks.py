@@ -8,7 +8,7 @@
 Every generator returns `tokens` (n, T) int64 in [0, V) and `labels` (n,) int64, classes balanced.
 Letters in shape comments: n sequences, T tokens in each, V symbols.
 
-    >>> tokens, labels = proximity(n=4, seq_len=8, vocab_size=8, signal=0.5, lag=1, seed=0)
+    >>> tokens, labels = proximity(n=4, seq_len=8, vocab_size=8, signal=0.5, seed=0)
     >>> tokens.shape, sorted(labels.tolist())
     ((4, 8), [0, 0, 1, 1])
 """
@@ -23,10 +23,10 @@ TASKS = ("proximity", "text", "texture", "bag")
 # ---------------------------------------------------------------------------------------------
 # The tasks. Each is its own complete recipe, so that any one of them can be copied alone.
 # ---------------------------------------------------------------------------------------------
-def proximity(*, n, seq_len, vocab_size, signal=0.5, lag=1, seed=0):
-    """The arrow of time: each token is the one `lag` places before it, one symbol up or down.
+def proximity(*, n, seq_len, vocab_size, signal=0.5, seed=0):
+    """The arrow of time: each token is the previous one, one symbol up or down.
 
-    x_t = x_{t-lag} + s (mod V) with probability `signal`, else uniform on V symbols; s = +1 in
+    x_t = x_{t-1} + s (mod V) with probability `signal`, else uniform on V symbols; s = +1 in
     class 1, s = -1 in class 0. Three exact properties make it the headline task:
       * token counts say nothing: every token is uniform, in both classes;
       * reversal swaps the classes: read backwards, class 1 has exactly the law of class 0, so a
@@ -34,19 +34,16 @@ def proximity(*, n, seq_len, vocab_size, signal=0.5, lag=1, seed=0):
       * the best possible classifier is known: it counts steps up minus steps down.
 
     Returns tokens (n, T) and labels (n,), int64. `seed`: anything np.random.default_rng takes.
-    Raises ValueError where vocab_size < 3 (then +1 = -1) or `lag` is not in 1 ... seq_len - 1.
+    Raises ValueError where vocab_size < 3: then a step up is a step down.
     """
     if vocab_size < 3:
-        raise ValueError(f"vocab_size {vocab_size}: proximity needs 3 symbols or more, "
-                         "with fewer a step up is a step down")
-    if not 1 <= lag < seq_len:
-        raise ValueError(f"lag {lag}: must be from 1 to {seq_len - 1}, below the sequence length")
+        raise ValueError(f"vocab_size {vocab_size}: proximity needs 3 symbols or more")
     rng = np.random.default_rng(seed)
     labels = rng.permutation(n) % 2                                   # (n,), balanced classes
     tokens = rng.integers(vocab_size, size=(n, seq_len))              # (n, T), the uniform part
     follows = rng.random((n, seq_len)) < signal                       # (n, T)
-    for t in range(lag, seq_len):
-        stepped = (tokens[:, t - lag] + 2 * labels - 1) % vocab_size  # (n,)
+    for t in range(1, seq_len):
+        stepped = (tokens[:, t - 1] + 2 * labels - 1) % vocab_size    # (n,)
         tokens[:, t] = np.where(follows[:, t], stepped, tokens[:, t])
     return tokens, labels
 
@@ -58,8 +55,7 @@ def texture(*, n, seq_len, vocab_size, signal=0.6, seed=0):
     probability `signal`, else it is uniform. In the flat sequence the neighbours stand at
     offsets 1 and `side`, as they do when a model reads an image pixel by pixel.
 
-    Returns tokens (n, T) and labels (n,), int64.
-    Raises ValueError where seq_len is no square.
+    Returns tokens (n, T) and labels (n,), int64. Raises ValueError where seq_len is no square.
     """
     side = isqrt(seq_len)
     if side * side != seq_len:
@@ -81,10 +77,9 @@ def bag(*, n, seq_len, vocab_size, signal=0.2, seed=0):
     A token is drawn from its class's preferred half with probability `signal`, else from all
     symbols, each token on its own: order carries nothing, so attention has nothing to find.
 
-    Returns tokens (n, T) and labels (n,), int64.
-    Raises ValueError where vocab_size is odd: the halves must be equal.
+    Returns tokens (n, T) and labels (n,), int64. Raises ValueError where vocab_size is odd.
     """
-    if vocab_size < 2 or vocab_size % 2:
+    if vocab_size % 2:
         raise ValueError(f"vocab_size {vocab_size}: bag needs an even number of symbols")
     rng = np.random.default_rng(seed)
     half = vocab_size // 2
@@ -98,17 +93,16 @@ def text(*, n_train, n_test, seq_len, vocab_size, path=None, seed=0):
     """Real English, half of the windows printed backwards: label 1 reads forwards, 0 backwards.
 
     The text is the UTF-8 file `path`; by default Python's own manual (`pydoc_data.topics`, which
-    ships with CPython and differs a little between versions). Lower-cased, white space folded to
-    single spaces. Its last fifth is the test part; windows of `seq_len` characters never overlap,
-    and since manuals repeat themselves, test windows that share a passage of seq_len / 2
-    characters with the training part are left out. The `vocab_size - 1` most frequent characters
-    of the training part are symbols of their own, all others share the last one. Reversal keeps
-    every character count, so here, too, only order tells.
+    ships with CPython and differs a little between versions), lower-cased, white space folded.
+    Its last fifth is the test part. Windows of `seq_len` characters never overlap. Manuals repeat
+    themselves, so test windows that share seq_len / 2 characters in a row with the training part
+    are left out. The `vocab_size - 1` most frequent characters of the training part are symbols
+    of their own; all others share the last one. Reversal keeps every character count.
 
     Returns train tokens (n, T), train labels (n,), test tokens and test labels, int64; n is
-    `n_train` and `n_test` or as many windows as the text holds, if those are fewer.
+    `n_train` and `n_test`, or as many windows as the text holds if those are fewer.
     Raises OSError for a file that cannot be read, ValueError for one that is not UTF-8 text or
-    gives fewer than 10 windows to a part.
+    leaves fewer than 10 windows to a part.
     """
     if path is None:
         from pydoc_data.topics import topics
@@ -119,16 +113,11 @@ def text(*, n_train, n_test, seq_len, vocab_size, path=None, seed=0):
         except UnicodeDecodeError:
             raise ValueError(f"text {path}: not UTF-8 text") from None
     raw = " ".join(raw.lower().split())
-    cut = len(raw) * 4 // 5
-    if len(raw) - cut < 10 * seq_len:
-        raise ValueError(f"text {path or 'of the manual'}: {len(raw)} characters are too few, "
-                         f"windows of {seq_len} need {50 * seq_len} or more")
-    points = np.frombuffer(raw.encode("utf-32-le"), np.uint32)        # one number a character
-    characters, counts = np.unique(points[:cut], return_counts=True)
+    cut, half = len(raw) * 4 // 5, seq_len // 2
+    characters, counts = np.unique(list(raw[:cut]), return_counts=True)
     frequent = characters[np.argsort(-counts, kind="stable")][:vocab_size - 1]
-    symbol = np.full(0x110000, vocab_size - 1)                        # code point -> symbol
-    symbol[frequent] = np.arange(len(frequent))
-    half = seq_len // 2
+    symbol = {character: s for s, character in enumerate(frequent.tolist())}
+    points = np.array([symbol.get(character, vocab_size - 1) for character in raw])
     known = {raw[i:i + half] for i in range(cut - half + 1)}          # all training passages
     starts = [range(0, cut - seq_len + 1, seq_len),
               [start for start in range(cut, len(raw) - seq_len + 1, seq_len)
@@ -136,90 +125,80 @@ def text(*, n_train, n_test, seq_len, vocab_size, path=None, seed=0):
     parts = []
     for stream, (start, n) in enumerate(zip(starts, (n_train, n_test))):
         if len(start) < 10:
-            raise ValueError(f"text {path or 'of the manual'}: repeats itself, fewer than 10 "
-                             "windows are left to a part")
+            raise ValueError(f"text {path}: too short or too repetitive, it leaves {len(start)} "
+                             f"windows of {seq_len} characters to a part; 10 are needed")
         rng = np.random.default_rng([seed, stream])
         chosen = np.array(start)[rng.permutation(len(start))[:n]]     # (n,)
-        windows = symbol[points[chosen[:, None] + np.arange(seq_len)]]  # (n, T)
+        windows = points[chosen[:, None] + np.arange(seq_len)]        # (n, T)
         labels = rng.permutation(len(windows)) % 2                    # (n,), balanced classes
         parts += [np.where(labels[:, None] == 1, windows, windows[:, ::-1]), labels]
     return tuple(parts)
 
 
-def make_task(name, *, n_train, n_test, seq_len, vocab_size, signal=0.5, lag=1, path=None, seed=0):
+def make_task(name, *, n_train, n_test, seq_len, vocab_size, signal=0.5, path=None, seed=0):
     """Training and test part of the task `name`, drawn from separate random streams.
 
-    `signal` and `lag` are for the tasks that have them, `path` is the file of `text`.
+    `signal` is for all tasks but `text`; `path` is the file of `text`.
     Returns (train_tokens, train_labels, test_tokens, test_labels), int64, (n, T) and (n,).
-    Raises ValueError for an unknown name, and what the task itself raises.
+    Raises what the task itself raises.
     """
-    if name not in TASKS:
-        raise ValueError(f"task {name}: must be one of {', '.join(TASKS)}")
+    sizes = dict(seq_len=seq_len, vocab_size=vocab_size)
     if name == "text":
-        return text(n_train=n_train, n_test=n_test, seq_len=seq_len, vocab_size=vocab_size,
-                    path=path, seed=seed)
+        return text(n_train=n_train, n_test=n_test, path=path, seed=seed, **sizes)
     draw = {"proximity": proximity, "texture": texture, "bag": bag}[name]
-    sizes = dict(seq_len=seq_len, vocab_size=vocab_size, signal=signal)
-    if name == "proximity":
-        sizes["lag"] = lag
-    return (*draw(n=n_train, seed=[seed, 0], **sizes), *draw(n=n_test, seed=[seed, 1], **sizes))
+    return (*draw(n=n_train, signal=signal, seed=[seed, 0], **sizes),
+            *draw(n=n_test, signal=signal, seed=[seed, 1], **sizes))
 
 
 def from_file(path, seed=0):
-    """The user's own sequences: an .npz with integers `tokens` (n, T) from 0 up and `labels` (n,).
+    """Your own sequences: an .npz with integers `tokens` (n, T) from 0 up and `labels` (n,).
 
-    Labels are integers or names. `test_tokens` and `test_labels` are taken where the file has them;
-    else `seed` draws a fifth of every class for the test.
+    Labels are integers or names. `test_tokens` and `test_labels` are used where the file has them;
+    otherwise a random fifth becomes the test part.
     Returns (train_tokens, train_labels, test_tokens, test_labels), int64, labels as 0 ... K - 1.
     Raises OSError or ValueError. Nothing in the file is ever executed (allow_pickle=False).
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             parts = [(file["tokens"], file["labels"])]
-            if "test_tokens" in file or "test_labels" in file:
+            if "test_tokens" in file:
                 parts.append((file["test_tokens"], file["test_labels"]))
     except OSError:
         raise
     except Exception as error:    # numpy, zipfile and zlib raise a dozen kinds on a damaged file
-        raise ValueError(f"data {path}: no .npz of plain arrays tokens and labels, test_tokens and "
-                         f"test_labels or neither ({type(error).__name__})") from None
+        raise ValueError(f"data {path}: must be an .npz of plain arrays tokens and labels, with "
+                         f"test_tokens and test_labels or without ({error})") from None
     for x, y in parts:
-        if (x.ndim != 2 or x.dtype.kind not in "iu" or x.size == 0
-                or x.shape[1:] != parts[0][0].shape[1:]):
-            raise ValueError(f"data {path}: tokens must be integers (n, T), T the same in both "
-                             f"parts; these are {x.dtype} {x.shape}")
+        if (x.ndim != 2 or x.dtype.kind not in "iu" or x.size == 0 or x.min() < 0
+                or x.max() >= 10**5 or x.shape[1:] != parts[0][0].shape[1:]):
+            raise ValueError(f"data {path}: tokens must be integers (n, T) from 0 to 99999, with "
+                             f"one T for both parts; these are {x.dtype} {x.shape}")
         if y.shape != x.shape[:1] or y.dtype.kind not in "iuU":
             raise ValueError(f"data {path}: labels must be {len(x)} integers or names, one for "
                              f"each sequence; these are {y.dtype} {y.shape}")
-        if x.min() < 0 or x.max() >= 10**5 or x.shape[1] < 2:
-            raise ValueError(f"data {path}: needs T >= 2 and tokens from 0 to 99999; "
-                             f"T is {x.shape[1]}, tokens are from {x.min()} to {x.max()}")
-    x = np.concatenate([x for x, _ in parts]).astype(np.int64)        # (all, T)
-    names, y, counts = np.unique(np.concatenate([y for _, y in parts]), return_inverse=True,
-                                 return_counts=True)                  # y (all,)
-    if len(names) < 2 or (len(parts) == 1 and counts.min() < 2):
-        raise ValueError(f"data {path}: needs 2 classes or more, each with 2 sequences or more")
-    is_test = np.arange(len(x)) >= len(parts[0][0])                   # (all,)
     if len(parts) == 1:
-        rng = np.random.default_rng(seed)
-        for k, count in enumerate(counts):
-            is_test[rng.permutation(np.flatnonzero(y == k))[:max(1, count // 5)]] = True
-    if len(np.unique(y[~is_test])) < len(names):
-        raise ValueError(f"data {path}: every class needs a sequence in the training part")
-    return x[~is_test], y[~is_test], x[is_test], y[is_test]
+        order = np.random.default_rng(seed).permutation(len(x))       # (n,)
+        parts = [(x[rows], y[rows]) for rows in np.split(order, [len(x) - max(1, len(x) // 5)])]
+    (x, y), (x_test, y_test) = parts                                  # (n, T), (n,) twice
+    names = np.unique(y)                                              # (K,), sorted
+    if len(names) < 2 or not np.isin(y_test, names).all():
+        raise ValueError(f"data {path}: the training part must hold 2 classes or more, and every "
+                         "class of the test part")
+    return (x.astype(np.int64), np.searchsorted(names, y),
+            x_test.astype(np.int64), np.searchsorted(names, y_test))
 
 
 # ---------------------------------------------------------------------------------------------
 # Two yardsticks: what the best classifier of all would score, and what counting alone scores.
 # ---------------------------------------------------------------------------------------------
-def best_possible_accuracy(name, tokens, labels, *, vocab_size, lag=1):
+def best_possible_accuracy(name, tokens, labels, *, vocab_size):
     """Accuracy of the Bayes-optimal classifier on these sequences; None where it is not known.
 
     With two classes that are equally likely it is the sign of the log-likelihood ratio, which is
     a positive constant (it depends on `signal`) times a difference of counts. A tie counts half.
     """
     if name == "proximity":    # steps up minus steps down
-        step = (tokens[:, lag:] - tokens[:, :-lag]) % vocab_size       # (n, T - lag)
+        step = (tokens[:, 1:] - tokens[:, :-1]) % vocab_size           # (n, T - 1)
         evidence = (step == 1).sum(1) - (step == vocab_size - 1).sum(1)  # (n,)
     elif name == "texture":    # pixels like their upper neighbour minus those like their left one
         side = isqrt(tokens.shape[1])
@@ -241,8 +220,8 @@ def count_baseline(train_tokens, train_labels, test_tokens, test_labels):
     n_symbols = max(train_tokens.max(), test_tokens.max()) + 1        # V
     scores = []
     for k in range(train_labels.max() + 1):
-        in_class = train_labels == k
-        counts = np.bincount(train_tokens[in_class].ravel(), minlength=n_symbols) + 1  # (V,)
-        log_prior = np.log(max(in_class.mean(), 1e-9))
+        tokens = train_tokens[train_labels == k]                      # (n in the class, T)
+        counts = np.bincount(tokens.ravel(), minlength=n_symbols) + 1  # (V,), add-one smoothing
+        log_prior = np.log(len(tokens) / len(train_tokens))
         scores.append(log_prior + np.log(counts / counts.sum())[test_tokens].sum(1))  # (n,)
     return float((np.argmax(scores, axis=0) == test_labels).mean())
