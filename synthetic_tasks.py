@@ -191,7 +191,7 @@ def from_file(path, seed=0):
 # ---------------------------------------------------------------------------------------------
 # Two yardsticks: what the best classifier of all would score, and what counting alone scores.
 # ---------------------------------------------------------------------------------------------
-def best_possible_accuracy(name, tokens, labels, *, vocab_size):
+def best_possible_accuracy(name, tokens, labels, vocab_size):
     """Accuracy of the Bayes-optimal classifier on these sequences; None where it is not known.
 
     With two classes that are equally likely it is the sign of the log-likelihood ratio, which is
