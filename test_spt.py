@@ -345,11 +345,11 @@ def test_the_gap_end_to_end(tmp_path, capsys):
     assert ours["side"] == side["side"] and len(side["heads"][0]) == 33
     assert ours["masked_loss"] == pytest.approx([math.log(8), 1.7], abs=0.15)
     for result, before in ((ours, ours["config"]["pretrain_steps"]), (labels, 0)):
-        steps, correct = np.array(result["curve"]).T * [[1], [2000]]    # of the whole test set
-        every, total = ours["total_steps"] // 20, labels["total_steps"]
+        steps, correct = np.array(result["curve"]).T * [[1], [1000]]    # of the whole test set
+        every, total = ours["total_steps"] // 10, labels["total_steps"]
         assert list(steps) == [s for s in range(every, total + 1, every) if s > before]
         assert correct == pytest.approx(correct.round(), abs=0.01) and (correct.round() % 2).any()
-        assert correct[-1] == 2000 * result["test"]
+        assert correct[-1] == 1000 * result["test"]
         assert result["steps_to_95"] == next((s for s, r in result["curve"] if r >= 0.95), None)
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
@@ -399,13 +399,13 @@ def test_labels_keep_the_best_of_three_rates_and_spt_has_one(capsys, monkeypatch
 
     def run(config):
         asked.append((config.spt, config.seed, config.lr))
-        test = {0.001: 0.5, 0.003: 0.6, 0.01: 0.7}[config.lr] - 0.2 * (config.seed == 5)
+        test = {0.001: 0.5, 0.003: 0.6, 0.005: 0.6, 0.01: 0.7}[config.lr] - 0.2 * (config.seed == 5)
         return result_of(config, test, 1 - test, None if config.seed == 5 else 300)
     monkeypatch.setattr(spt, "ProcessPoolExecutor", lambda *_: nullcontext(Mock(map=map)))
     monkeypatch.setattr(spt, "run", run)
     assert spt.main(["--compare", "--seeds", "2", "--seed", "4"]) == 0
     assert sorted(asked) == [(False, 4, 0.001), (False, 4, 0.003), (False, 4, 0.01),
-                             (False, 5, 0.01), (True, 4, 0.003), (True, 5, 0.003)]
+                             (False, 5, 0.01), (True, 4, 0.005), (True, 5, 0.005)]
     out = capsys.readouterr().out
     for text in ("0.600 ± 0.141", "0.500 ± 0.141", "1 of 2 runs", ": -0.100"):
         assert text in out and max(map(len, out.splitlines())) <= 80

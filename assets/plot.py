@@ -1,85 +1,98 @@
-"""Draw README's picture from what `python spt.py --compare --json results.jsonl` wrote.
+"""Draw README's picture from JSON lines:  python assets/plot.py results.jsonl [picture.png]
 
-    python assets/plot.py results.jsonl [picture.png]      needs matplotlib
-
-One row per task in the file: test accuracy over the steps of training, with the switch from
-pretraining to fine-tuning marked, and attention mass by offset at the start, after label training
-and after pretraining. Of several learning rates, label training is shown at its best.
+Needs matplotlib, and in the file: runs of `--compare --json`, runs of `--theory --json`, and for
+the thin line a run of labels only with more steps. README has the commands.
 """
 import json
 import statistics
 import sys
-from collections import defaultdict
+
+import matplotlib
+matplotlib.use("Agg")
+from matplotlib import pyplot
 
 # Okabe and Ito's colours, which the colour-blind tell apart, on white, which dark pages show, too.
-GREY, ORANGE, BLUE = "#666666", "#D55E00", "#0072B2"
+GREY, ORANGE, BLUE, GREEN = "#555555", "#D55E00", "#0072B2", "#009E73"
 
 
-def read(path):
-    """{task: {"spt": [result, ...], "labels": [result, ...]}}, label training at its best rate."""
-    found = defaultdict(lambda: {"spt": [], "labels": defaultdict(list)})
-    for line in open(path, encoding="utf-8"):
-        result = json.loads(line)
-        if result["arm"] == "spt":
-            found[result["task"]]["spt"].append(result)
-        else:
-            found[result["task"]]["labels"][result["lr"]].append(result)
-    for arms in found.values():
-        if not arms["spt"] or not arms["labels"]:
-            raise ValueError("needs runs of both arms, as --compare --json writes them")
-        arms["labels"] = max(arms["labels"].values(),
-                             key=lambda runs: statistics.mean(r["test_accuracy"] for r in runs))
-    return found
+def band(axes, curves, colour, label, **style):
+    """Mean of [{x: y}, ...] over seeds as a line, smallest to largest as a band."""
+    x = sorted(curves[0])
+    columns = [[curve[at] for curve in curves] for at in x]
+    axes.plot(x, [statistics.mean(c) for c in columns], color=colour, label=label, **style)
+    axes.fill_between(x, [min(c) for c in columns], [max(c) for c in columns], color=colour,
+                      alpha=0.2, linewidth=0)
 
 
-def draw_curves(axes, task, arms):
-    switch = arms["spt"][0]["pretrain_steps"]
-    for name, runs, colour in (("labels only", arms["labels"], ORANGE), ("SPT", arms["spt"], BLUE)):
-        for i, run in enumerate(runs):
-            axes.plot(*zip(*run["curve"]), color=colour, linewidth=1, alpha=0.8,
-                      label=f"{name}, {len(runs)} seeds" if i == 0 else None)
-    axes.axhline(arms["spt"][0]["chance"], color=GREY, linewidth=0.8, linestyle=":")
-    axes.axvspan(0, switch, color=BLUE, alpha=0.08, linewidth=0)
-    axes.text(switch / 2, 0.94, "SPT fills in\nmasked tokens", ha="center", va="top", color=BLUE)
-    axes.set(title=f"{task}: accuracy over steps", xlabel="optimizer steps", ylim=(0.38, 1.02),
-             ylabel="test accuracy", xlim=(0, None))
-    axes.legend(loc="center left", frameon=False)
+def what(axes, labels, spt, longer):
+    """Test accuracy over steps."""
+    before, total = spt[0]["config"]["pretrain_steps"], spt[0]["total_steps"]
+    axes.axvspan(20, before, color=BLUE, alpha=0.08, linewidth=0)
+    axes.text(100, 0.8, "SPT: masked\ntokens only", ha="center", color=BLUE)
+    for run in longer:
+        axes.plot(*zip(*run["curve"]), color=ORANGE, linewidth=0.8)
+        axes.text(1000, 0.66, "labels,\n10 x steps", color=ORANGE, ha="right", fontsize=8)
+    band(axes, [dict(run["curve"]) for run in labels], ORANGE, "labels only", linewidth=2)
+    band(axes, [dict(run["curve"]) for run in spt], BLUE, "SPT", linewidth=2)
+    axes.set(title=f"what: accuracy, {len(spt)} seeds", xlabel="step", ylabel="test accuracy",
+             xscale="log", xlim=(20, 10 * total), ylim=(0.42, 1.03))
+    axes.legend(loc="upper left", frameon=False, bbox_to_anchor=(0, 0.93))
 
 
-def draw_attention(axes, task, arms):
-    for name, stage, runs, colour in (("start", "start", arms["spt"], GREY),
-                                      ("after label training", "label training", arms["labels"], ORANGE),
-                                      ("after pretraining", "pretraining", arms["spt"], BLUE)):
-        curves = [run["attention_by_offset"][stage] for run in runs]
-        offsets = [offset for offset, _ in curves[0]]
-        mass = [statistics.mean(curve[i][1] for curve in curves) for i in range(len(offsets))]
-        axes.plot(offsets, mass, color=colour, marker="o", markersize=3, linewidth=1.5, label=name)
-    axes.set(title=f"{task}: where attention goes", xlabel="offset, key minus query (tokens)",
-             ylabel="attention mass", ylim=(0, None))
-    axes.legend(loc="upper right", frameon=False)
+def why(axes, theory):
+    """Pull on both neighbours while masked tokens teach, or labels alone."""
+    def pulls(stage, name):
+        return [{int(step): 1000 * seen[name][0] for step, seen in run["stages"][stage].items()}
+                for run in theory]
+    masks = "SPT: masked tokens"
+    axes.axhline(0, color=GREY, linewidth=0.6)
+    band(axes, pulls(masks, "masked near"), BLUE, "masked tokens", marker="o", markersize=3)
+    band(axes, pulls(masks, "labels near"), GREEN, "labels, on the same model", marker="s",
+         markersize=3, linestyle="--")
+    band(axes, pulls("labels only", "labels near"), ORANGE, "labels, labels only", marker="^",
+         markersize=3)
+    axes.set_yscale("symlog", linthresh=0.1)
+    axes.set(title=f"why: pull on both neighbours, {len(theory)} seeds", xlabel="step of pretraining",
+             ylabel="pull x 1000", ylim=(-20, 3000), yticks=[-10, -1, 0, 1, 10, 100])
+    axes.legend(loc="upper left", frameon=False)
 
 
-def main(argv):
-    if len(argv) not in (1, 2):
-        sys.exit("usage: python assets/plot.py results.jsonl [picture.png]")
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-        found = read(argv[0])
-    except ImportError:
-        sys.exit("plot.py: needs matplotlib: pip install matplotlib")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        sys.exit(f"plot.py: {argv[0]}: no lines of --compare --json ({error})")
-    if not found:
-        sys.exit(f"plot.py: {argv[0]}: is empty")
-    figure, rows = pyplot.subplots(len(found), 2, figsize=(9, 3.1 * len(found)), squeeze=False,
-                                   layout="constrained", facecolor="white")
-    for (left, right), (task, arms) in zip(rows, found.items()):
-        draw_curves(left, task, arms)
-        draw_attention(right, task, arms)
-    figure.savefig(argv[1] if len(argv) == 2 else "assets/gap.png", dpi=110)
+def how(axes, labels, spt):
+    """Attention by offset, of the head that ends up most one-sided, in one run of each arm."""
+    looks = spt["looks"]
+    middle = len(looks["start"]["heads"][0]) // 2
+    side = [abs(head[middle + 1] - head[middle - 1]) for head in looks["fine-tuning"]["heads"]]
+    head, reach = side.index(max(side)), 6
+    for label, seen, colour, style in (
+            ("start", looks["start"], GREY, dict(linewidth=4, alpha=0.4)),
+            ("labels only", labels["looks"]["label training"], ORANGE, dict(marker="^")),
+            ("after masked tokens", looks["pretraining"], BLUE, dict(marker="o")),
+            ("then after labels", looks["fine-tuning"], GREEN, dict(marker="s", linestyle="--"))):
+        axes.plot(range(-reach, reach + 1), seen["heads"][head][middle - reach:middle + reach + 1],
+                  color=colour, label=label, markersize=4, **style)
+    axes.set(title="how: where one head looks, one run", xlabel="offset (-1: left neighbour)",
+             ylabel="attention", ylim=(0, None))
+    axes.legend(loc="upper left", frameon=False, fontsize=8)
+
+
+def main(path, picture="assets/spt.png"):
+    runs = [json.loads(line) for line in open(path, encoding="utf-8")]
+    theory = [run for run in runs if run.get("row") == "theory"]
+    spt = [run for run in runs if run.get("row") == "SPT"]
+    tried = [run for run in runs if run.get("row") == "labels"]
+    # The rate that more than one seed was run with is the one that was chosen.
+    rates = [run["config"]["lr"] for run in tried]
+    labels = [run for run in tried if rates.count(run["config"]["lr"]) == max(map(rates.count, rates))]
+    longer = [run for run in runs if "row" not in run and run["total_steps"] > spt[0]["total_steps"]]
+    pyplot.rcParams.update({"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8})
+    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.6), layout="constrained", facecolor="white")
+    what(axes[0], labels, spt, longer)
+    why(axes[1], theory)
+    how(axes[2], labels[0], spt[0])
+    figure.savefig(picture, dpi=160)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if len(sys.argv) not in (2, 3):
+        sys.exit(__doc__)
+    main(*sys.argv[1:])
