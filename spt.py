@@ -306,7 +306,7 @@ def train(model, batch_loss, n_sequences, name, *, steps, lr, batch_size=32, see
     def share_of_peak(step):
         progress = (step + 1) / steps
         return min(progress / 0.1, 0.55 + 0.45 * math.cos(math.pi * max(0, progress - 0.1) / 0.9))
-    optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=lr)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)    # fused: faster
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
     # A generator for this phase alone: pretraining changes no batch of fine-tuning.
     generator, losses = torch.Generator().manual_seed(seed), []
