@@ -5,12 +5,9 @@
     texture    a square image, flattened: is it correlated along rows or along columns?
     bag        the control: the label is in the token counts, and order means nothing
 
-Every generator returns `tokens` (n, T) int64 in [0, V) and `labels` (n,) int64, classes balanced.
-Letters in shape comments: n sequences, T tokens in each, V symbols.
-
-    >>> tokens, labels = proximity(n=4, seq_len=8, vocab_size=8, signal=0.5, seed=0)
-    >>> tokens.shape, sorted(labels.tolist())
-    ((4, 8), [0, 0, 1, 1])
+Every generator returns `tokens` (n, T) int64 in [0, V) and `labels` (n,) int64, classes balanced,
+and is its own complete recipe, so that it can be copied alone. Letters in shape comments: n
+sequences, T tokens in each, V symbols, K classes.
 """
 from math import isqrt
 from pathlib import Path
@@ -20,21 +17,17 @@ import numpy as np
 TASKS = ("proximity", "text", "texture", "bag")
 
 
-# ---------------------------------------------------------------------------------------------
-# The tasks. Each is its own complete recipe, so that any one of them can be copied alone.
-# ---------------------------------------------------------------------------------------------
 def proximity(*, n, seq_len, vocab_size, signal=0.5, seed=0):
     """The arrow of time: each token is the previous one, one symbol up or down.
 
     x_t = x_{t-1} + s (mod V) with probability `signal`, else uniform on V symbols; s = +1 in
     class 1, s = -1 in class 0. Three exact properties make it the headline task:
       * token counts say nothing: every token is uniform, in both classes;
-      * reversal swaps the classes: read backwards, class 1 has exactly the law of class 0, so a
-        classifier that ignores order, or knows only distances |i - j|, is right half the time;
+      * reversal swaps the classes, so a classifier that ignores order, or knows only distances
+        |i - j|, is right half the time;
       * the best possible classifier is known: it counts steps up minus steps down.
-
-    Returns tokens (n, T) and labels (n,), int64. `seed`: anything np.random.default_rng takes.
-    Raises ValueError where vocab_size < 3: then a step up is a step down.
+    `seed`: anything np.random.default_rng takes. Raises ValueError where vocab_size < 3: then a
+    step up is a step down.
     """
     if vocab_size < 3:
         raise ValueError(f"vocab_size {vocab_size}: proximity needs 3 symbols or more")
@@ -52,10 +45,8 @@ def texture(*, n, seq_len, vocab_size, signal=0.6, seed=0):
     """Proximity in two dimensions: a side x side image, T = side², flattened row by row.
 
     Each pixel copies its left neighbour (class 0) or its upper neighbour (class 1) with
-    probability `signal`, else it is uniform. In the flat sequence the neighbours stand at
-    offsets 1 and `side`, as they do when a model reads an image pixel by pixel.
-
-    Returns tokens (n, T) and labels (n,), int64. Raises ValueError where seq_len is no square.
+    probability `signal`, else it is uniform. In the flat sequence these stand at offsets -1 and
+    -side. Raises ValueError where seq_len is no square.
     """
     side = isqrt(seq_len)
     if side * side != seq_len:
@@ -75,9 +66,7 @@ def bag(*, n, seq_len, vocab_size, signal=0.2, seed=0):
     """The control: class 1 prefers the upper half of the symbols, class 0 the lower half.
 
     A token is drawn from its class's preferred half with probability `signal`, else from all
-    symbols, each token on its own: order carries nothing, so attention has nothing to find.
-
-    Returns tokens (n, T) and labels (n,), int64. Raises ValueError where vocab_size is odd.
+    symbols, each on its own: order carries nothing. Raises ValueError where vocab_size is odd.
     """
     if vocab_size % 2:
         raise ValueError(f"vocab_size {vocab_size}: bag needs an even number of symbols")
@@ -94,39 +83,38 @@ def text(*, n_train, n_test, seq_len, vocab_size, path=None, seed=0):
 
     The text is the UTF-8 file `path`; by default Python's own manual (`pydoc_data.topics`, which
     ships with CPython and differs a little between versions), lower-cased, white space folded.
-    Its last fifth is the test part. Windows of `seq_len` characters never overlap. Manuals repeat
-    themselves, so test windows that share seq_len / 2 characters in a row with the training part
-    are left out. The `vocab_size - 1` most frequent characters of the training part are symbols
-    of their own; all others share the last one. Reversal keeps every character count.
+    ships with CPython and differs a little between versions), lower-cased, white space folded. Its
+    last fifth is the test part. Windows of `seq_len` characters never overlap; test windows that
+    share seq_len / 2 characters in a row with the training part are left out, as manuals repeat
+    themselves. The `vocab_size - 1` most frequent characters of the training part are symbols of
+    their own; all others share the last one. Reversal keeps every character count.
 
-    Returns train tokens (n, T), train labels (n,), test tokens and test labels, int64; n is
-    `n_train` and `n_test`, or as many windows as the text holds if those are fewer.
-    Raises OSError for a file that cannot be read, ValueError for one that is not UTF-8 text or
-    leaves fewer than 10 windows to a part.
+    Returns train tokens, train labels, test tokens and test labels; n is `n_train` and `n_test`,
+    or as many windows as the text holds. Raises OSError for a file that cannot be read, ValueError
+    for one that is not UTF-8 text or leaves fewer than 10 windows to a part.
     """
-    if path is None:
-        from pydoc_data.topics import topics
-        raw = " ".join(topics[name] for name in sorted(topics))
-    else:
-        try:
-            raw = Path(path).read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise ValueError(f"text {path}: not UTF-8 text") from None
-    raw = " ".join(raw.lower().split())
+    from pydoc_data.topics import topics
+    manual = " ".join(topics[name] for name in sorted(topics))
+    try:
+        raw = manual if path is None else Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"text {path}: not UTF-8 text") from None
+    raw = " ".join(raw.lower().split())                               # white space folded
     cut, half = len(raw) * 4 // 5, seq_len // 2
     characters, counts = np.unique(list(raw[:cut]), return_counts=True)
-    frequent = characters[np.argsort(-counts, kind="stable")][:vocab_size - 1]
+    frequent = characters[np.argsort(-counts, kind="stable")][:vocab_size - 1]  # (V - 1,)
     symbol = {character: s for s, character in enumerate(frequent.tolist())}
+    # Rare characters share the last symbol.
     points = np.array([symbol.get(character, vocab_size - 1) for character in raw])
     known = {raw[i:i + half] for i in range(cut - half + 1)}          # all training passages
+    # Windows of the training part, then those of the test part.
     starts = [range(0, cut - seq_len + 1, seq_len),
               [start for start in range(cut, len(raw) - seq_len + 1, seq_len)
                if known.isdisjoint(raw[start + i:start + i + half] for i in range(half + 1))]]
     parts = []
     for stream, (start, n) in enumerate(zip(starts, (n_train, n_test))):
         if len(start) < 10:
-            raise ValueError(f"text {path}: too short or too repetitive, it leaves {len(start)} "
-                             f"windows of {seq_len} characters to a part; 10 are needed")
+            raise ValueError(f"text {path}: {len(start)} windows of {seq_len} characters, needs 10")
         rng = np.random.default_rng([seed, stream])
         chosen = np.array(start)[rng.permutation(len(start))[:n]]     # (n,)
         windows = points[chosen[:, None] + np.arange(seq_len)]        # (n, T)
@@ -136,11 +124,9 @@ def text(*, n_train, n_test, seq_len, vocab_size, path=None, seed=0):
 
 
 def make_task(name, *, n_train, n_test, seq_len, vocab_size, signal=0.5, path=None, seed=0):
-    """Training and test part of the task `name`, drawn from separate random streams.
+    """Train tokens and labels, test tokens and labels of the task `name`, from separate streams.
 
-    `signal` is for all tasks but `text`; `path` is the file of `text`.
-    Returns (train_tokens, train_labels, test_tokens, test_labels), int64, (n, T) and (n,).
-    Raises what the task itself raises.
+    `signal` is for all tasks but `text`; `path` is the file of `text`. Raises what the task raises.
     """
     sizes = dict(seq_len=seq_len, vocab_size=vocab_size)
     if name == "text":
@@ -154,36 +140,31 @@ def from_file(path, seed=0):
     """Your own sequences: an .npz with integers `tokens` (n, T) from 0 up and `labels` (n,).
 
     Labels are integers or names. `test_tokens` and `test_labels` are used where the file has them;
-    otherwise a random fifth becomes the test part.
-    Returns (train_tokens, train_labels, test_tokens, test_labels), int64, labels as 0 ... K - 1.
-    Raises OSError or ValueError. Nothing in the file is ever executed (allow_pickle=False).
+    otherwise a random fifth is the test part. Returns train tokens and labels, test tokens and
+    labels, int64, labels as 0 ... K - 1. Raises ValueError. Nothing in the file is ever
+    executed (allow_pickle=False).
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            parts = [(file["tokens"], file["labels"])]
-            if "test_tokens" in file:
-                parts.append((file["test_tokens"], file["test_labels"]))
-    except OSError:
-        raise
+            parts = [(file[kind + "tokens"], file[kind + "labels"]) for kind in ("", "test_")
+                     if kind == "" or "test_tokens" in file]
     except Exception as error:    # numpy, zipfile and zlib raise a dozen kinds on a damaged file
         raise ValueError(f"data {path}: must be an .npz of plain arrays tokens and labels, with "
                          f"test_tokens and test_labels or without ({error})") from None
     for x, y in parts:
-        if (x.ndim != 2 or x.dtype.kind not in "iu" or x.size == 0 or x.min() < 0
-                or x.max() >= 10**5 or x.shape[1:] != parts[0][0].shape[1:]):
-            raise ValueError(f"data {path}: tokens must be integers (n, T) from 0 to 99999, with "
-                             f"one T for both parts; these are {x.dtype} {x.shape}")
-        if y.shape != x.shape[:1] or y.dtype.kind not in "iuU":
-            raise ValueError(f"data {path}: labels must be {len(x)} integers or names, one for "
-                             f"each sequence; these are {y.dtype} {y.shape}")
+        fits = (x.ndim == 2 and x.size > 0 and x.dtype.kind in "iu" and x.min() >= 0
+                and x.shape[1] == parts[0][0].shape[1])
+        if not fits or y.shape != x.shape[:1] or y.dtype.kind not in "iuU":
+            raise ValueError(f"data {path}: needs tokens (n, T), integers from 0 up, labels (n,), "
+                             f"integers or names; has {x.dtype} {x.shape}, {y.dtype} {y.shape}")
+    # A random fifth becomes the test.
     if len(parts) == 1:
         order = np.random.default_rng(seed).permutation(len(x))       # (n,)
         parts = [(x[rows], y[rows]) for rows in np.split(order, [len(x) - max(1, len(x) // 5)])]
     (x, y), (x_test, y_test) = parts                                  # (n, T), (n,) twice
     names = np.unique(y)                                              # (K,), sorted
     if len(names) < 2 or not np.isin(y_test, names).all():
-        raise ValueError(f"data {path}: the training part must hold 2 classes or more, and every "
-                         "class of the test part")
+        raise ValueError(f"data {path}: the training part needs 2 classes, and all of the test's")
     return (x.astype(np.int64), np.searchsorted(names, y),
             x_test.astype(np.int64), np.searchsorted(names, y_test))
 
@@ -198,16 +179,15 @@ def best_possible_accuracy(name, tokens, labels, vocab_size):
     a positive constant (it depends on `signal`) times a difference of counts. A tie counts half.
     """
     if name == "proximity":    # steps up minus steps down
-        step = (tokens[:, 1:] - tokens[:, :-1]) % vocab_size           # (n, T - 1)
+        step = np.diff(tokens) % vocab_size                            # (n, T - 1)
         evidence = (step == 1).sum(1) - (step == vocab_size - 1).sum(1)  # (n,)
     elif name == "texture":    # pixels like their upper neighbour minus those like their left one
         side = isqrt(tokens.shape[1])
         image = tokens.reshape(-1, side, side)                         # (n, side, side)
-        evidence = ((image[:, 1:] == image[:, :-1]).sum((1, 2))
-                    - (image[:, :, 1:] == image[:, :, :-1]).sum((1, 2)))  # (n,)
+        evidence = (np.diff(image, axis=1) == 0).sum((1, 2)) - (np.diff(image) == 0).sum((1, 2))
     elif name == "bag":        # symbols of the upper half minus those of the lower half
         evidence = np.where(tokens >= vocab_size // 2, 1, -1).sum(1)   # (n,)
-    else:
+    else:    # text, files: nobody knows
         return None
     return float(np.where(evidence == 0, 0.5, (evidence > 0) == labels).mean())
 
@@ -215,7 +195,7 @@ def best_possible_accuracy(name, tokens, labels, vocab_size):
 def count_baseline(train_tokens, train_labels, test_tokens, test_labels):
     """Test accuracy of naive Bayes on token counts: what can be had without looking at order.
 
-    Multinomial naive Bayes with add-one smoothing, (n, T) tokens and (n,) labels from 0 up.
+    tokens (n, T), labels (n,) from 0 up.
     """
     n_symbols = max(train_tokens.max(), test_tokens.max()) + 1        # V
     scores = []

@@ -4,8 +4,10 @@ exact symmetries, and the gap itself.
     python -m pytest -q
 """
 import copy
+import inspect
 import json
 import math
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -43,9 +45,13 @@ def random_tokens(n=32, T=9):
     return torch.randint(5, (n, T))
 
 
-# ---------------------------------------------------------------------------------------------
-# Tasks
-# ---------------------------------------------------------------------------------------------
+def blocks(language):
+    """The code blocks of README in a language."""
+    readme = Path(spt.__file__).with_name("README.md").read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", readme, flags=re.S)
+
+
+# --- Tasks -----------------------------------------------------------------------------------
 def likelihood(name, x, label, V, signal):
     """P(x | label) by the words of the task's docstring, one token at a time; images are 2 x 2."""
     p, half, back = 1.0, V // 2, 2 if label else 1
@@ -102,9 +108,7 @@ def test_text_windows_come_from_their_own_part_half_of_them_backwards(tmp_path):
     assert (tasks.text(vocab_size=6, **sizes)[0] == np.minimum(x, 5)).all()
 
 
-# ---------------------------------------------------------------------------------------------
-# Positions, attention, model
-# ---------------------------------------------------------------------------------------------
+# --- Positions, attention, model -------------------------------------------------------------
 def test_rotary_positions_turn_complex_numbers_so_that_scores_depend_on_the_offset_alone():
     q, k = spt.rotate(torch.ones(12, 8)), spt.rotate(torch.arange(8.0).expand(12, 8))
     assert max((q @ k.T).diagonal(o).std(correction=0) for o in range(-11, 12)) < 1e-4
@@ -171,9 +175,7 @@ def test_without_order_a_sequence_and_its_reverse_look_alike(positions):
         small_model(positions="nowhere")
 
 
-# ---------------------------------------------------------------------------------------------
-# Masking, losses, the loop
-# ---------------------------------------------------------------------------------------------
+# --- Masking, losses, the loop ---------------------------------------------------------------
 def test_masking_hides_a_binomial_share_and_nothing_else():
     tokens, generators = random_tokens(400, 100), [torch.Generator().manual_seed(0) for _ in "ab"]
     (corrupted, hidden), again = (spt.mask_tokens(tokens, 5, 0.3, one) for one in generators)
@@ -194,9 +196,12 @@ def test_masked_loss_counts_hidden_tokens_only_and_cannot_see_them():
 
 
 def test_one_batch_can_be_overfitted():
-    x = random_tokens(2)
+    x, model, steps = random_tokens(2), small_model(), []
     masked = spt.pretrain(small_model(), x, mask_id=5, mask_ratio=0.1, steps=300)
-    labels = spt.finetune(small_model(), x, LABELS[:2], steps=100)
+    labels = spt.finetune(model, x, LABELS[:2], steps=100, on_step=steps.append)
+    right = [spt.accuracy(model, x.repeat(3, 1), torch.tensor(y), batch_size=4)
+             for y in ([0, 1] * 3, [0, 1, 0, 0, 1, 1])]
+    assert steps == list(range(1, 101)) and right == pytest.approx([1, 2 / 3])
     assert masked[0] > 1 and labels[0] == pytest.approx(math.log(2), abs=0.3)
     assert max(np.mean(masked[-20:]), np.mean(labels[-20:])) < 0.1
 
@@ -216,29 +221,7 @@ def test_adamw_of_torch_warms_up_and_then_follows_a_cosine_to_a_tenth(monkeypatc
         == pytest.approx([0.0025, 0.005, 0.0075, 0.01, quarter, 0.0055, 0.001])
 
 
-class Counting(torch.nn.Embedding):
-    """An encoder that is not ours: token by token, no attention."""
-
-    def reconstruct(self, tokens):
-        return self(tokens)
-
-    def classify(self, tokens):
-        return self(tokens).mean(dim=1)[:, :2]
-
-
-def test_any_encoder_will_do_and_every_step_is_told():
-    model, steps = Counting(5, 4), []
-    x, y = map(torch.from_numpy, tasks.bag(n=200, seq_len=16, vocab_size=4, signal=0.5))
-    masked = spt.pretrain(model, x * 0 + 2, mask_id=4, steps=60, lr=0.1, on_step=steps.append)
-    spt.finetune(model, x, y, steps=60, lr=0.1, on_step=steps.append)
-    right = sum(int(model.classify(a[None])[0].argmax() == b) for a, b in zip(x, y))
-    assert steps == 2 * list(range(1, 61)) and masked[-1] < 0.4 < masked[0] and 180 < right < 200
-    assert spt.accuracy(model, x, y, batch_size=30) == pytest.approx(right / 200)
-
-
-# ---------------------------------------------------------------------------------------------
-# Probes
-# ---------------------------------------------------------------------------------------------
+# --- Probes ----------------------------------------------------------------------------------
 def test_attention_by_offset_equals_a_loop():
     model, tokens, heads = small_model(n_layers=2).double(), random_tokens(), []
     seen, x = spt.look(model, tokens), model.embed(tokens)
@@ -288,9 +271,7 @@ def test_the_pulls_on_the_neighbours_by_hand_and_by_symmetry():
             assert pulls[name] == pytest.approx(pair * [sign, 1], rel=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------
-# Whole runs
-# ---------------------------------------------------------------------------------------------
+# --- Whole runs ------------------------------------------------------------------------------
 def test_same_seed_same_bits_and_pretraining_changes_neither_data_nor_weights():
     first, again, other, labels = (spt.run(replace(SMALL, **changes)) for changes in (
         dict(spt=True), dict(spt=True), dict(spt=True, seed=1), {}))
@@ -337,7 +318,7 @@ def test_what_is_handed_over_to_fine_tuning(arm, freeze, monkeypatch):
 
 def test_the_gap_end_to_end(tmp_path, capsys):
     for flags in (["--spt"], []):
-        assert spt.main(["--seed", "4", "--json", f"{tmp_path}/r", *flags]) == 0
+        assert spt.main(["--task", "proximity", "--json", f"{tmp_path}/r", *flags]) == 0
     ours, labels = map(json.loads, (tmp_path / "r").read_text().splitlines())
     assert min(ours["test"], ours["train"]) >= 0.95 and labels["test"] <= 0.6
     start, near, side = ours["looks"].values()
@@ -351,7 +332,13 @@ def test_the_gap_end_to_end(tmp_path, capsys):
         assert correct == pytest.approx(correct.round(), abs=0.01) and (correct.round() % 2).any()
         assert correct[-1] == 1000 * result["test"]
         assert result["steps_to_95"] == next((s for s, r in result["curve"] if r >= 0.95), None)
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    # README shows the first of the two: text and numbers in turn, without the bars.
+    shown, printed = (re.split(r"(\d[\d.]*)", re.sub("[▁-█]", "", text))
+                      for text in (blocks("text")[0], out))
+    for a, b in zip(shown[:-1], printed):
+        assert a == b or float(a) == pytest.approx(float(b), abs=0.05, rel=0.3)
 
 
 def test_compare_gives_the_bits_of_single_runs_for_any_number_of_jobs(tmp_path):
@@ -365,16 +352,15 @@ def test_compare_gives_the_bits_of_single_runs_for_any_number_of_jobs(tmp_path):
     assert written[0][-1] == alone | dict(config=None, row="SPT")
 
 
-@pytest.mark.parametrize("own_test", [False, True])
-def test_own_data_are_split_and_saved_weights_come_back(own_test, tmp_path, monkeypatch):
+def test_own_data_are_split_and_saved_weights_come_back(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tokens = np.random.default_rng(0).integers(5, size=(100, 12))
     labels = np.array(["cat", "dog", "eel"])[tokens[:, 0] % 3]
-    test_part = dict(test_tokens=tokens[:50], test_labels=labels[:50]) if own_test else {}
-    np.savez("d.npz", tokens=tokens, labels=labels, **test_part)
+    for name, more in ("d", {}), ("own", dict(test_tokens=tokens[9:], test_labels=labels[9:])):
+        np.savez(name, tokens=tokens, labels=labels, **more)
+    assert [len(part) for part in tasks.from_file("own.npz")] == [100, 100, 91, 91]
     x, y, x_test, y_test = map(torch.from_numpy, tasks.from_file("d.npz"))
-    assert (torch.cat([x, x_test])[:, 0] % 3 == torch.cat([y, y_test])).all()
-    assert [len(x), len(x_test)] == ([100, 50] if own_test else [80, 20])
+    assert (torch.cat([x, x_test])[:, 0] % 3 == torch.cat([y, y_test])).all() and len(x_test) == 20
     assert len(torch.cat([x, x_test]).unique(dim=0)) == 100
     assert spt.main([*FLAGS, "--data=d.npz", "--positions=learned", "--save=m.pt", "--json=r"]) == 0
     result, saved = json.loads(Path("r").read_text()), torch.load("m.pt", weights_only=True)
@@ -384,9 +370,7 @@ def test_own_data_are_split_and_saved_weights_come_back(own_test, tmp_path, monk
     assert spt.look(model, x_test) == result["looks"]["label training"]
 
 
-# ---------------------------------------------------------------------------------------------
-# Many runs and claims
-# ---------------------------------------------------------------------------------------------
+# --- Many runs and claims --------------------------------------------------------------------
 def result_of(config, test, train, steps):
     """What `run` would return, with these numbers."""
     return dict(arm="?", total_steps=10, train=train, test=test, steps_to_95=steps, near=0.3,
@@ -439,9 +423,7 @@ def test_every_row_of_every_claim_can_make_it_fail_alone(capsys, monkeypatch):
         assert max(map(len, out)) <= 80
 
 
-# ---------------------------------------------------------------------------------------------
-# Theory
-# ---------------------------------------------------------------------------------------------
+# --- Theory ----------------------------------------------------------------------------------
 def one_layer(n=60, T=6, V=5, C=4):
     """Proximity data, masked, and random weights: what one_layer_losses takes after the scores."""
     x, y = map(torch.from_numpy, tasks.proximity(n=n, seq_len=T, vocab_size=V))
@@ -510,15 +492,13 @@ def test_each_verdict_of_the_theory_can_fail(change, monkeypatch):
 def test_theory_end_to_end(tmp_path, capsys):
     assert spt.main(["--theory", "--json", f"{tmp_path}/r"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert len(out) <= 45 and max(map(len, out)) <= 80 and "DOES NOT HOLD" not in "".join(out)
+    assert len(out) <= 45 and max(map(len, out)) <= 80 and "FAILS" not in "".join(out)
     alone, masks, sides = json.loads((tmp_path / "r").read_text())["stages"].values()
     assert alone["0"] == masks["0"] and masks["400"] == sides["0"] and len(sides) > 5
     assert masks["400"]["masked near"][0] > 0.01 > abs(alone["400"]["masked near"][0])
 
 
-# ---------------------------------------------------------------------------------------------
-# Bad input
-# ---------------------------------------------------------------------------------------------
+# --- Bad input -------------------------------------------------------------------------------
 class Payload:
     """Unpickled, it makes a file: what must not happen."""
 
@@ -559,3 +539,47 @@ def test_bad_input_is_named_in_one_line_with_status_2(flags, tmp_path, capsys, m
     # The line names the file, or else the flag, and the value.
     assert value in last and ("." in value or "/" in value or flag[2:] in last.replace("_", "-"))
     assert {path: path.read_bytes() for path in Path().iterdir()} == before
+
+
+# --- What README promises --------------------------------------------------------------------
+@pytest.mark.parametrize("use", [
+    "Attention(8, 2)(torch.ones(1, 3, 8), True)", "sinusoidal_positions(7, 4)",
+    "rotate(torch.ones(3, 4))", "distance_bias(2, 4)", "mask_tokens(x, 5, 0.3)",
+    "masked_loss(model, x, x, x > 0)", "accuracy(model, x, x[:, 0])", "by_offset(torch.ones(3, 3))",
+    "transfer(model, model, 'qk')", "proximity(n=4, seq_len=5, vocab_size=4)",
+    "one_layer_losses(torch.ones(9, 9), x, x[:, 0], x, x > 0, *torch.ones(3, 2, 2))",
+    "attention_pull(a := Attention(8, 2), lambda: a(torch.ones(1, 3, 8)).sum(), 3), by_offset(x)"])
+def test_a_piece_works_when_its_source_alone_is_pasted(use):
+    scope = dict(model=small_model(), x=LABELS[None, :9])
+    exec("import math, numpy as np, torch; from torch import nn\n"
+         "from torch.nn import functional as F", scope)
+    for name, piece in (vars(tasks) | vars(spt)).items():
+        if name + "(" in use:
+            exec(inspect.getsource(piece), scope)
+    eval(use, scope)
+
+
+def test_readme_shows_the_code_as_it_is():
+    lines = iter(Path(spt.__file__).read_text(encoding="utf-8").splitlines())
+    assert all(line in lines for line in blocks("python")[0].splitlines() if line)
+
+
+@pytest.mark.parametrize("pretraining", ["spt.pretrain(model, x, mask_id=8)\n", ""])
+def test_the_encoder_of_readme_shows_the_gap(pretraining, capsys):
+    (code,) = (code for code in blocks("python") if "class Mine" in code)
+    before, after = code.split("spt.pretrain(model, x, mask_id=8)\n")
+    exec(before + pretraining + after.replace("=200", "=200" if pretraining else "=600"), {})
+    accuracy = float(capsys.readouterr().out)
+    assert accuracy > 0.95 if pretraining else accuracy < 0.6
+
+
+def test_the_diff_of_readme_applies_and_runs(tmp_path):
+    source = Path(spt.__file__).read_text(encoding="utf-8")
+    for hunk in blocks("diff")[0].split("@@\n"):
+        old, new = (re.sub(rf"(?m)^[{gone}].*\n|^[ +-]", "", hunk) for gone in ("+", "-"))
+        assert source.count(old) == 1
+        source = source.replace(old, new)
+    (tmp_path / "spt.py").write_text(source, encoding="utf-8")
+    (tmp_path / "synthetic_tasks.py").write_text(inspect.getsource(tasks), encoding="utf-8")
+    subprocess.run([sys.executable, "spt.py", "--positions=ramp", "--spt", *FLAGS], cwd=tmp_path,
+                   check=True)
