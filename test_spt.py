@@ -545,12 +545,12 @@ def test_bad_input_is_named_in_one_line_with_status_2(flags, tmp_path, capsys, m
 @pytest.mark.parametrize("use", [
     "Attention(8, 2)(torch.ones(1, 3, 8), True)", "sinusoidal_positions(7, 4)",
     "rotate(torch.ones(3, 4))", "distance_bias(2, 4)", "mask_tokens(x, 5, 0.3)",
-    "masked_loss(model, x, x, x > 0)", "accuracy(model, x, x[:, 0])", "by_offset(torch.ones(3, 3))",
+    "masked_loss(model, x, x, x > 0)", "accuracy(model, x, x[:, 0])", "by_offset(w)",
     "transfer(model, model, 'qk')", "proximity(n=4, seq_len=5, vocab_size=4)",
     "one_layer_losses(torch.ones(9, 9), x, x[:, 0], x, x > 0, *torch.ones(3, 2, 2))",
-    "attention_pull(a := Attention(8, 2), lambda: a(torch.ones(1, 3, 8)).sum(), 3), by_offset(x)"])
+    "attention_pull(a := Attention(8, 2), lambda: a(torch.ones(1, 3, 8)).sum(), 3), by_offset(w)"])
 def test_a_piece_works_when_its_source_alone_is_pasted(use):
-    scope = dict(model=small_model(), x=LABELS[None, :9])
+    scope = dict(model=small_model(), x=LABELS[None, :9], w=torch.ones(3, 3))
     exec("import math, numpy as np, torch; from torch import nn\n"
          "from torch.nn import functional as F", scope)
     for name, piece in (vars(tasks) | vars(spt)).items():

@@ -31,7 +31,7 @@ def what(axes, labels, spt, longer):
     axes.text(100, 0.8, "SPT: masked\ntokens only", ha="center", color=BLUE)
     for run in longer:
         axes.plot(*zip(*run["curve"]), color=ORANGE, linewidth=0.8)
-        axes.text(1000, 0.66, "labels,\n10 x steps", color=ORANGE, ha="right", fontsize=8)
+        axes.text(1200, 0.58, "labels only,\n10 x the steps", color=ORANGE, fontsize=8)
     band(axes, [dict(run["curve"]) for run in labels], ORANGE, "labels only", linewidth=2)
     band(axes, [dict(run["curve"]) for run in spt], BLUE, "SPT", linewidth=2)
     axes.set(title=f"what: accuracy, {len(spt)} seeds", xlabel="step", ylabel="test accuracy",
@@ -49,11 +49,11 @@ def why(axes, theory):
     band(axes, pulls(masks, "masked near"), BLUE, "masked tokens", marker="o", markersize=3)
     band(axes, pulls(masks, "labels near"), GREEN, "labels, on the same model", marker="s",
          markersize=3, linestyle="--")
-    band(axes, pulls("labels only", "labels near"), ORANGE, "labels, labels only", marker="^",
+    band(axes, pulls("labels only", "labels near"), ORANGE, "labels, in label-only training", marker="^",
          markersize=3)
-    axes.set_yscale("symlog", linthresh=0.1)
+    axes.set_yscale("symlog", linthresh=1)
     axes.set(title=f"why: pull on both neighbours, {len(theory)} seeds", xlabel="step of pretraining",
-             ylabel="pull x 1000", ylim=(-20, 3000), yticks=[-10, -1, 0, 1, 10, 100])
+             ylabel="pull x 1000", ylim=(-10, 20000), yticks=[-10, -1, 0, 1, 10, 100])
     axes.legend(loc="upper left", frameon=False)
 
 
@@ -71,8 +71,8 @@ def how(axes, labels, spt):
         axes.plot(range(-reach, reach + 1), seen["heads"][head][middle - reach:middle + reach + 1],
                   color=colour, label=label, markersize=4, **style)
     axes.set(title="how: where one head looks, one run", xlabel="offset (-1: left neighbour)",
-             ylabel="attention", ylim=(0, None))
-    axes.legend(loc="upper left", frameon=False, fontsize=8)
+             ylabel="attention", ylim=(0, 1.05))
+    axes.legend(loc="upper left", frameon=False)
 
 
 def main(path, picture="assets/spt.png"):
