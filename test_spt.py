@@ -95,8 +95,8 @@ def test_text_windows_come_from_their_own_part_half_of_them_backwards(tmp_path):
     letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvw   "), size=6000)
     words = " ".join("".join([*letters[:5900], *letters[:100]]).split())    # ends as it begins
     (tmp_path / "t.txt").write_text("  " + words.upper(), encoding="utf-8")
-    sizes = dict(n_train=200, n_test=999, seq_len=16, path=tmp_path / "t.txt")
-    x, y, x_test, y_test = tasks.text(vocab_size=26, **sizes)
+    x, y, x_test, y_test = tasks.text(n_train=200, n_test=999, seq_len=16, vocab_size=26,
+                                      path=tmp_path / "t.txt")
     train, test = words[:len(words) * 4 // 5], words[len(words) * 4 // 5:]
     letter = sorted(sorted(set(words)), key=train.count, reverse=True)
     may = [{part[i:i + 16] for i in range(0, len(part) - 15, 16)} for part in (train, test)]
@@ -104,8 +104,6 @@ def test_text_windows_come_from_their_own_part_half_of_them_backwards(tmp_path):
             for part in ((x, y), (x_test, y_test))]
     known = {w for w in may[1] if any(w[i:i + 8] in train for i in range(9))}
     assert does[0] <= may[0] and len(does[0]) == 200 and does[1] == may[1] - known and known
-    # All but the most frequent characters share the last symbol.
-    assert (tasks.text(vocab_size=6, **sizes)[0] == np.minimum(x, 5)).all()
 
 
 # --- Positions, attention, model -------------------------------------------------------------
@@ -169,8 +167,7 @@ def test_without_order_a_sequence_and_its_reverse_look_alike(positions):
     model, tokens = small_model(positions=positions, n_layers=2).double(), random_tokens()
     difference = (model.classify(tokens) - model.classify(tokens.flip(1))).abs().max()
     assert difference < 1e-12 if positions in ("none", "symmetric") else difference > 1e-6
-    trained = dict(model.named_parameters()).get("positions", torch.empty(0))
-    assert trained.shape == ((9, 32) if positions == "learned" else (0,))
+    assert ("positions" in dict(model.named_parameters())) == (positions == "learned")
     with pytest.raises(ValueError, match="nowhere"):
         small_model(positions="nowhere")
 
@@ -199,9 +196,7 @@ def test_one_batch_can_be_overfitted():
     x, model, steps = random_tokens(2), small_model(), []
     masked = spt.pretrain(small_model(), x, mask_id=5, mask_ratio=0.1, steps=300)
     labels = spt.finetune(model, x, LABELS[:2], steps=100, on_step=steps.append)
-    right = [spt.accuracy(model, x.repeat(3, 1), torch.tensor(y), batch_size=4)
-             for y in ([0, 1] * 3, [0, 1, 0, 0, 1, 1])]
-    assert steps == list(range(1, 101)) and right == pytest.approx([1, 2 / 3])
+    assert steps == list(range(1, 101)) and spt.accuracy(model, x, LABELS[[0, 0]]) == 0.5
     assert masked[0] > 1 and labels[0] == pytest.approx(math.log(2), abs=0.3)
     assert max(np.mean(masked[-20:]), np.mean(labels[-20:])) < 0.1
 
@@ -329,8 +324,7 @@ def test_the_gap_end_to_end(tmp_path, capsys):
         steps, correct = np.array(result["curve"]).T * [[1], [1000]]    # of the whole test set
         every, total = ours["total_steps"] // 10, labels["total_steps"]
         assert list(steps) == [s for s in range(every, total + 1, every) if s > before]
-        assert correct == pytest.approx(correct.round(), abs=0.01) and (correct.round() % 2).any()
-        assert correct[-1] == 1000 * result["test"]
+        assert np.allclose(correct, correct.round()) and correct[-1] == 1000 * result["test"]
         assert result["steps_to_95"] == next((s for s, r in result["curve"] if r >= 0.95), None)
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
@@ -360,8 +354,9 @@ def test_own_data_are_split_and_saved_weights_come_back(tmp_path, monkeypatch):
         np.savez(name, tokens=tokens, labels=labels, **more)
     assert [len(part) for part in tasks.from_file("own.npz")] == [100, 100, 91, 91]
     x, y, x_test, y_test = map(torch.from_numpy, tasks.from_file("d.npz"))
-    assert (torch.cat([x, x_test])[:, 0] % 3 == torch.cat([y, y_test])).all() and len(x_test) == 20
-    assert len(torch.cat([x, x_test]).unique(dim=0)) == 100
+    both = torch.cat([x, x_test])
+    assert (len(x_test), len(both.unique(dim=0))) == (20, 100)
+    assert (both[:, 0] % 3 == torch.cat([y, y_test])).all()
     assert spt.main([*FLAGS, "--data=d.npz", "--positions=learned", "--save=m.pt", "--json=r"]) == 0
     result, saved = json.loads(Path("r").read_text()), torch.load("m.pt", weights_only=True)
     model = spt.Transformer(**saved["arguments"])
@@ -420,7 +415,7 @@ def test_every_row_of_every_claim_can_make_it_fail_alone(capsys, monkeypatch):
         for title, line in zip([*spt.CLAIMS, "6"], out[-len(spt.CLAIMS) - 1:], strict=True):
             fails = flipped and title in (flipped, flipped[0])    # in the summary
             assert line.startswith(title) and line.endswith("FAILS" if fails else "holds")
-        assert max(map(len, out)) <= 80
+        assert max(map(len, out)) <= 80 and str(out).count("  FAILS:") == (flipped in flips)
 
 
 # --- Theory ----------------------------------------------------------------------------------
@@ -495,7 +490,6 @@ def test_theory_end_to_end(tmp_path, capsys):
     assert len(out) <= 45 and max(map(len, out)) <= 80 and "FAILS" not in "".join(out)
     alone, masks, sides = json.loads((tmp_path / "r").read_text())["stages"].values()
     assert alone["0"] == masks["0"] and masks["400"] == sides["0"] and len(sides) > 5
-    assert masks["400"]["masked near"][0] > 0.01 > abs(alone["400"]["masked near"][0])
 
 
 # --- Bad input -------------------------------------------------------------------------------
@@ -551,17 +545,11 @@ def test_bad_input_is_named_in_one_line_with_status_2(flags, tmp_path, capsys, m
     "attention_pull(a := Attention(8, 2), lambda: a(torch.ones(1, 3, 8)).sum(), 3), by_offset(w)"])
 def test_a_piece_works_when_its_source_alone_is_pasted(use):
     scope = dict(model=small_model(), x=LABELS[None, :9], w=torch.ones(3, 3))
-    exec("import math, numpy as np, torch; from torch import nn\n"
-         "from torch.nn import functional as F", scope)
+    exec("import math, numpy as np, torch, torch.nn as nn, torch.nn.functional as F", scope)
     for name, piece in (vars(tasks) | vars(spt)).items():
         if name + "(" in use:
             exec(inspect.getsource(piece), scope)
     eval(use, scope)
-
-
-def test_readme_shows_the_code_as_it_is():
-    lines = iter(Path(spt.__file__).read_text(encoding="utf-8").splitlines())
-    assert all(line in lines for line in blocks("python")[0].splitlines() if line)
 
 
 @pytest.mark.parametrize("pretraining", ["spt.pretrain(model, x, mask_id=8)\n", ""])
@@ -573,13 +561,14 @@ def test_the_encoder_of_readme_shows_the_gap(pretraining, capsys):
     assert accuracy > 0.95 if pretraining else accuracy < 0.6
 
 
-def test_the_diff_of_readme_applies_and_runs(tmp_path):
+def test_readme_shows_the_code_as_it_is_and_its_diff_applies_and_runs(tmp_path):
     source = Path(spt.__file__).read_text(encoding="utf-8")
+    lines = iter(source.splitlines())
+    assert all(line in lines for line in blocks("python")[0].splitlines() if line)
     for hunk in blocks("diff")[0].split("@@\n"):
         old, new = (re.sub(rf"(?m)^[{gone}].*\n|^[ +-]", "", hunk) for gone in ("+", "-"))
         assert source.count(old) == 1
         source = source.replace(old, new)
     (tmp_path / "spt.py").write_text(source, encoding="utf-8")
     (tmp_path / "synthetic_tasks.py").write_text(inspect.getsource(tasks), encoding="utf-8")
-    subprocess.run([sys.executable, "spt.py", "--positions=ramp", "--spt", *FLAGS], cwd=tmp_path,
-                   check=True)
+    subprocess.run([sys.executable, "spt.py", "--positions=ramp", *FLAGS], cwd=tmp_path, check=True)
