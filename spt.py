@@ -5,7 +5,7 @@ the labels hidden; then fine-tune the same model on their labels. No other data 
 label lives in who stands next to whom, labels alone stay at chance and SPT is near perfect, at
 the same total of steps: masks teach attention to look near, labels then choose the side.
 
-    python spt.py --task proximity --spt       pretrain, then fine-tune: SECONDS s on one core of
+    python spt.py --task proximity --spt       pretrain, then fine-tune: 6 s on one core of
                                                an AMD EPYC with torch 2.13.0; it prints, above all,
 
                               train accuracy test accuracy  95 % at step  near  side
@@ -708,7 +708,7 @@ def reproduce(config):
 #
 # In words. Attention starts out uniform. A label asks about a mean over places. If every place
 # shifts its gaze alike, each value is still counted once in the mean, so the mean does not move:
-# labels feel nothing. A hidden token asks for itself, at its own place, before any mean, and its
+# labels start out blind. A hidden token asks for itself, at its own place, before any mean, and its
 # neighbour knows something about it: there looking near pays at once.
 #
 # Set-up. One attention layer, no residual, scores S (T, T) of positions only:
@@ -727,8 +727,8 @@ def reproduce(config):
 #    in general not 0 when x_i and x_{i+ℓ} depend on each other.
 #
 # A pull is minus a derivative. Place i holds the mask symbol, so "look to the side" also means
-# "look less at a mask", which pays with any data. So pulls are less their mean over all places but
-# i, which makes them 0 on average on shuffled tokens.
+# "look less at a mask", which pays with any data. So the mean pull on places but i is taken off;
+# on shuffled tokens 0 is left on average.
 # ---------------------------------------------------------------------------------------------
 def one_layer_losses(scores, tokens, labels, corrupted, is_masked, values, to_class, to_symbol,
                      phi=torch.tanh):
@@ -760,7 +760,7 @@ def proved(seed):
             right, left = (by_offset(pull)[o] - by_offset(pull)[1:].mean() for o in (1, -1))
             pulls += [right, right + left, T * (pull[0, 1] - pull[0, 1:].mean())]
     rms = torch.stack(pulls).view(20, 3, 3).square().mean(dim=0).sqrt()   # (3, 3)
-    print("Proved for one layer: size of the pull, root mean square over 20 random starts\n"
+    print("One layer, as proved: size of the pull, root mean square over 20 random starts\n"
           f"{'':32}by labels       by masked tokens  shuffled")
     names = "all places look right", "all places look both ways", "one place alone looks right"
     for name, pull in zip(names, rms.T):
@@ -793,7 +793,7 @@ def theory(config):
     finetune(model, x, y, steps=after, lr=config.lr, on_step=see(sides, after), **common)
     stages = {"labels only": alone, "SPT: masked tokens": masks, "SPT: then labels": sides}
     append_json(config.json, dict(row="theory", stages=stages, config=asdict(config)))
-    print("Measured in the full model: pulls x 1000, ± standard error, and attention\n"
+    print("Measured in the full model: pulls x 1000 ± standard error over batches\n"
           "     on both neighbours by        to the right:  each head's attention\n"
           "step masked tokens labels         by labels      at offsets -1, 0, +1")
     for title, found in stages.items():
@@ -806,9 +806,9 @@ def theory(config):
     (pull, error), (label, _) = masks[before]["masked near"], masks[before]["labels near"]
     return all([
         blind,
-        verdict("masks teach near: in the end masked > 20 * labels and masked > 10 * its error",
+        verdict("masks teach near: when they end, masked > 20 * labels and masked > 10 * error",
                 pull > 20 * abs(label) and pull > 10 * error),
-        verdict("labels alone do not: labels < masked / 100 at every step shown",
+        verdict("labels alone do not: at every step shown, labels < that masked / 100",
                 all(abs(seen["labels near"][0]) < pull / 100 for seen in alone.values())),
         verdict("labels choose the side: |right - left| < 0.05 before and > 0.1 after them",
                 sides[0]["side"] < 0.05 and sides[after]["side"] > 0.1)])
