@@ -107,12 +107,10 @@ def test_text_windows_come_from_their_own_part_half_of_them_backwards(tmp_path):
 
 
 # --- Positions, attention, model -------------------------------------------------------------
-def test_rotary_positions_turn_complex_numbers_so_that_scores_depend_on_the_offset_alone():
-    q, k = spt.rotate(torch.ones(12, 8)), spt.rotate(torch.arange(8.0).expand(12, 8))
-    assert max((q @ k.T).diagonal(o).std(correction=0) for o in range(-11, 12)) < 1e-4
+def test_rotary_positions_turn_complex_numbers():
     turns = torch.exp(1j * torch.arange(12)[:, None] / 10000 ** (torch.arange(4) / 4))
     pairs = torch.view_as_real(torch.view_as_complex(torch.arange(8.0).view(4, 2)) * turns)
-    assert torch.allclose(k, pairs.flatten(1), atol=1e-5)
+    assert torch.allclose(spt.rotate(torch.arange(8.0).expand(12, 8)), pairs.flatten(1), atol=1e-5)
 
 
 def test_distance_bias_by_hand():
@@ -286,6 +284,7 @@ def test_what_is_handed_over_to_fine_tuning(arm, freeze, monkeypatch):
 
     def watched(model, *rest, train=spt.train, **settings):
         shown.clear()
+        assert settings["seed"] == 7
         model.token_embedding.register_forward_pre_hook(lambda _, x: shown.add(x[0].max().item()))
         seen.append(copy.deepcopy(model.state_dict()))
         losses = train(model, *rest, **settings)
@@ -293,9 +292,9 @@ def test_what_is_handed_over_to_fine_tuning(arm, freeze, monkeypatch):
         return losses
     monkeypatch.setattr(spt, "train", watched)
     changes = {} if arm == "labels" else dict(spt=True, transfer=arm)
-    config = replace(SMALL, freeze_qk=freeze, n_layers=2, **changes)
+    config = replace(SMALL, freeze_qk=freeze, n_layers=2, seed=7, **changes)
     spt.run(config)
-    start, (*pretraining, handed, last) = spt.new_model(config, LABELS, 0).state_dict(), seen
+    start, (*pretraining, handed, last) = spt.new_model(config, LABELS, 7).state_dict(), seen
     names, head, unused, norms, query, key = ({name for name in start if part in name} for part in (
         "", "class_head", "reconstruction_head", "norm", ".query.", ".key."))
 
@@ -322,8 +321,7 @@ def test_the_gap_end_to_end(tmp_path, capsys):
     assert ours["masked_loss"] == pytest.approx([math.log(8), 1.7], abs=0.15)
     for result, before in ((ours, ours["config"]["pretrain_steps"]), (labels, 0)):
         steps, correct = np.array(result["curve"]).T * [[1], [1000]]    # of the whole test set
-        every, total = ours["total_steps"] // 10, labels["total_steps"]
-        assert list(steps) == [s for s in range(every, total + 1, every) if s > before]
+        assert list(steps) == [s for s in range(60, 601, 60) if s > before]
         assert np.allclose(correct, correct.round()) and correct[-1] == 1000 * result["test"]
         assert result["steps_to_95"] == next((s for s, r in result["curve"] if r >= 0.95), None)
     out = capsys.readouterr().out
@@ -398,6 +396,7 @@ def test_every_row_of_every_claim_can_make_it_fail_alone(capsys, monkeypatch):
         results = {}
         for (title, row), one in rows.items():
             slow = title[:2] == "1e" and row == "labels"
+            assert (one.transfer == "not-qk") == (row == "all but qk copied")
             good = (row in high or slow or title[:7] == "control") != ((title, row) == flipped)
             results[title, row] = [result_of(one, 0.99, 0.99, 3000 if slow else 300) if good
                                    else result_of(one, 0.5, 0.5, None)] * 2
@@ -471,16 +470,17 @@ def test_the_proof_fails_where_labels_see_or_masks_do_not(change, monkeypatch):
     assert spt.proved(0) == (change == (1, 1, 0, 0))
 
 
-@pytest.mark.parametrize("change", [{}, dict(proof=False), dict(labels=-0.011), dict(error=0.11),
-                                    dict(masked=-1.0), dict(before=0.2), dict(after=0.1)])
+@pytest.mark.parametrize("change", [{}, dict(proof=False), dict(labels=-.011), dict(error=.11),
+                                    dict(masked=-1), dict(before=.2), dict(after=.1), dict(same=-1)])
 def test_each_verdict_of_the_theory_can_fail(change, monkeypatch):
-    c = dict(proof=True, masked=1.0, error=0.09, labels=0.009, before=0.04, after=0.3) | change
+    c = dict(proof=True, masked=1, error=.09, labels=.009, same=.04, before=.04, after=.3) | change
     sides = iter([0.0] * 4 + [c["before"], c["after"]])    # looked at, stage by stage
-    pulls = {"masked near": (c["masked"], c["error"])} | dict.fromkeys(
-        ["labels near", "labels side"], (c["labels"], 1.0))
+    labels = iter([c["labels"]] * 2 + [c["same"]] * 4)
     monkeypatch.setattr(spt, "proved", lambda _: c["proof"])
     monkeypatch.setattr(spt, "look", lambda *_: dict(side=next(sides), heads=[[0.1] * 9]))
-    monkeypatch.setattr(spt, "neighbour_pulls", lambda *_, **__: pulls)
+    monkeypatch.setattr(spt, "neighbour_pulls", lambda *_, **__: {
+        "masked near": (c["masked"], c["error"]), "labels near": (next(labels), 1.0),
+        "labels side": (0.0, 1.0)})
     assert spt.main(["--theory", *FLAGS]) == (change != {})
 
 
@@ -557,8 +557,8 @@ def test_the_encoder_of_readme_shows_the_gap(pretraining, capsys):
     (code,) = (code for code in blocks("python") if "class Mine" in code)
     before, after = code.split("spt.pretrain(model, x, mask_id=8)\n")
     exec(before + pretraining + after.replace("=200", "=200" if pretraining else "=600"), {})
-    accuracy = float(capsys.readouterr().out)
-    assert accuracy > 0.95 if pretraining else accuracy < 0.6
+    low, high = (0.95, 1.01) if pretraining else (0.4, 0.6)
+    assert low < float(capsys.readouterr().out) < high
 
 
 def test_readme_shows_the_code_as_it_is_and_its_diff_applies_and_runs(tmp_path):
