@@ -82,7 +82,6 @@ def text(*, n_train, n_test, seq_len, vocab_size, path=None, seed=0):
     """Real English, half of the windows printed backwards: label 1 reads forwards, 0 backwards.
 
     The text is the UTF-8 file `path`; by default Python's own manual (`pydoc_data.topics`, which
-    ships with CPython and differs a little between versions), lower-cased, white space folded.
     ships with CPython and differs a little between versions), lower-cased, white space folded. Its
     last fifth is the test part. Windows of `seq_len` characters never overlap; test windows that
     share seq_len / 2 characters in a row with the training part are left out, as manuals repeat
