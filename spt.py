@@ -209,7 +209,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.attention = nn.LayerNorm(d_model), attention
         self.norm2 = nn.LayerNorm(d_model)
-        self.mlp = nn.Sequential(nn.Linear(d_model, d_ff, bias=False), nn.ReLU(),
+        self.mlp = nn.Sequential(nn.Linear(d_model, d_ff, bias=False), nn.ReLU(inplace=True),
                                  nn.Linear(d_ff, d_model, bias=False))
 
     def forward(self, x):
@@ -489,7 +489,7 @@ def run(config):
     curve, masked_loss = [], None
 
     def follow(step):
-        if (pretrain_steps + step) % max(1, total // 10) == 0:
+        if pretrain_steps + step in [total * tenth // 10 for tenth in range(1, 11)]:
             curve.append([pretrain_steps + step, accuracy(model, x_test, y_test)])
 
     model = new_model(config, y, config.seed)
@@ -513,7 +513,7 @@ def run(config):
     data = [part.cpu().numpy() for part in (x, y, x_test, y_test)]
     return dict(
         arm="SPT" if config.spt else "labels", total_steps=total,
-        train=accuracy(model, x[:1000], y[:1000]), test=accuracy(model, x_test, y_test),
+        train=accuracy(model, x[:1000], y[:1000]), test=curve[-1][1],
         steps_to_95=next((step for step, reached in curve if reached >= 0.95), None),
         # Chance is what always naming the most frequent class would score.
         chance=y_test.bincount().max().item() / len(y_test), counting=tasks.count_baseline(*data),
