@@ -1,7 +1,7 @@
 """Draw README's picture from JSON lines:  python assets/plot.py results.jsonl [picture.png]
 
 Needs matplotlib, and in the file: runs of `--compare --json`, runs of `--theory --json`, and for
-the thin line a run of labels only with more steps. README has the commands.
+the thin lines runs of labels only with more steps. README has the commands.
 """
 import json
 import statistics
@@ -31,7 +31,9 @@ def what(axes, labels, spt, longer):
     axes.text(100, 0.8, "SPT: masked\ntokens only", ha="center", color=BLUE)
     for run in longer:
         axes.plot(*zip(*run["curve"]), color=ORANGE, linewidth=0.8)
-        axes.text(1200, 0.58, "labels only,\n10 x the steps", color=ORANGE, fontsize=8)
+    if longer:
+        axes.text(5600, 0.44, f"labels only,\n10 x the steps,\n{len(longer)} seeds", color=ORANGE,
+                  ha="right")
     band(axes, [dict(run["curve"]) for run in labels], ORANGE, "labels only", linewidth=2)
     band(axes, [dict(run["curve"]) for run in spt], BLUE, "SPT", linewidth=2)
     axes.set(title=f"what: accuracy, {len(spt)} seeds", xlabel="step", ylabel="test accuracy",
@@ -52,7 +54,7 @@ def why(axes, theory):
     band(axes, pulls("labels only", "labels near"), ORANGE, "labels, in label-only training", marker="^",
          markersize=3)
     axes.set_yscale("symlog", linthresh=1)
-    axes.set(title=f"why: pull on both neighbours, {len(theory)} seeds", xlabel="step of pretraining",
+    axes.set(title=f"why: pull on both neighbours, {len(theory)} seeds", xlabel="step",
              ylabel="pull x 1000", ylim=(-10, 20000), yticks=[-10, -1, 0, 1, 10, 100])
     axes.legend(loc="upper left", frameon=False)
 
