@@ -397,8 +397,8 @@ def attention_pull(model, loss, seq_len):
     """Where a loss would have attention go, by offset, (T,); positive: it would draw it there.
 
     Minus the gradient of `loss()`, a scalar made with `model`, with respect to an extra bias of
-    the scores, alike for all heads of every module that has a `score_bias`; less its mean over all
-    offsets but 0.
+    the scores, alike for all heads of every module with a `score_bias`, which is None or (H, T, T)
+    and added to its scores; less its mean over all offsets but 0.
     """
     # A bias of zeros changes nothing, but has a gradient.
     extra = next(model.parameters()).new_zeros(seq_len, seq_len).requires_grad_()  # (T, T)
