@@ -72,8 +72,8 @@ def how(axes, labels, spt):
             ("then after labels", looks["fine-tuning"], GREEN, dict(marker="s", linestyle="--"))):
         axes.plot(range(-reach, reach + 1), seen["heads"][head][middle - reach:middle + reach + 1],
                   color=colour, label=label, markersize=4, **style)
-    axes.set(title="how: where one head looks, one run", xlabel="offset (-1: left neighbour)",
-             ylabel="attention", ylim=(0, 1.05))
+    axes.set(title=f"how: where head {head + 1} looks, seed {spt['config']['seed']}",
+             xlabel="offset (-1: left neighbour)", ylabel="attention", ylim=(0, 1.05))
     axes.legend(loc="upper left", frameon=False)
 
 
