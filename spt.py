@@ -2,8 +2,8 @@
 
 Self-pretraining (SPT): train a model to fill in masked tokens of its own training sequences, with
 the labels hidden; then fine-tune the same model on their labels. No other data is used. Where the
-label lives in who stands next to whom, labels alone stay at chance and SPT is near perfect, at
-the same total of steps: masks teach attention to look near, labels then choose the side.
+label lives in who stands next to whom, after 600 steps of 32 sequences labels alone are at chance
+and SPT is near perfect: masks teach attention to look near, labels then choose the side.
 
     python spt.py --task proximity --spt       pretrain, then fine-tune: 6 s on one core of
                                                an AMD EPYC with torch 2.13.0; it prints, above all,
@@ -437,10 +437,9 @@ def neighbour_pulls(model, tokens, labels, *, mask_id, mask_ratio=0.3, batch_siz
             - F.cross_entropy(model.classify(x), wrong)) / 2, x.shape[1])  # (T,)
         found.append(torch.stack([by_masks[1] + by_masks[-1], by_labels[1] + by_labels[-1],
                                   by_labels[1] - by_labels[-1]]))         # (3,)
-    found = torch.stack(found)                                            # (batches, 3)
-    means, errors = found.mean(dim=0), found.std(dim=0) / math.sqrt(len(found))  # (3,) each
-    names = "masked near", "labels near", "labels side"
-    return dict(zip(names, zip(means.tolist(), errors.tolist())))
+    deviations, means = torch.std_mean(torch.stack(found), dim=0)         # (3,) each
+    named = zip(("masked near", "labels near", "labels side"), means, deviations / len(found)**0.5)
+    return {name: (mean.item(), error.item()) for name, mean, error in named}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -653,25 +652,22 @@ CLAIMS = {    # {title: ({row: changes}, rule)}
     "1d with learned positions": (both(positions="learned"), "test['SPT'] > test['labels'] + 0.1"),
     "1e labels find it in ten times the steps": ({"labels": dict(finetune_steps=5600)},
         "test['labels'] > 0.7 and steps_to_95['labels'] > 2 * 600"),
+    "1f and in batches of 128": ({"labels": dict(batch_size=128)}, "test['labels'] > 0.6"),
     "2 it is not depth: 2 layers": (both(n_layers=2), GAP),
     "2a 4 layers": (both(n_layers=4), GAP),
-    "3 nor the number of sequences: 50,000": (
-        {"labels": dict(n_train=50_000)}, "train['labels'] < 0.6"),
+    "3 nor too few sequences: 50,000": ({"labels": dict(n_train=50_000)}, "train['labels'] < 0.6"),
     "3a 200 sequences": (both(n_train=200), "test['labels'] < 0.65 and test['SPT'] > 0.85"),
-    "4 it is the query and key maps (qk)": (
-        # What is copied alone meets new weights, so these rows get 100 label steps more.
-        {"only qk copied": dict(spt=True, transfer="qk", finetune_steps=300),
-         "all but qk copied": dict(spt=True, transfer="not-qk", finetune_steps=300),
-         "qk frozen": dict(spt=True, freeze_qk=True, finetune_steps=300)},
-        "min(test['only qk copied'], test['qk frozen']) > 0.9 and test['all but qk copied'] < 0.6"),
-    "5 given offset and side, labels suffice": (
-        # A bias in |i - j| is near without side: by symmetry it is worth nothing.
-        {"SPT, no positions": dict(spt=True, positions="none"),
-         "labels, bias in |i - j|": dict(positions="symmetric"),
-         "labels, rotary": dict(positions="rotary"),
-         "labels, one-sided bias": dict(positions="distance")},
-        "max(test['SPT, no positions'], test['labels, bias in |i - j|']) < 0.6 and "
-        "min(test['labels, rotary'], test['labels, one-sided bias']) > 0.95"),
+    # What is copied alone meets new weights, so these get 100 label steps more.
+    "4 the query and key maps (qk) carry it": (
+        {"qk copied": dict(spt=True, transfer="qk", finetune_steps=300),
+         "rest copied": dict(spt=True, transfer="not-qk", finetune_steps=300)},
+        "test['qk copied'] > 0.9 and test['rest copied'] < 0.6"),
+    "4a even if labels may not change them": (
+        {"qk frozen": dict(spt=True, freeze_qk=True, finetune_steps=300)},
+        "test['qk frozen'] > 0.9"),
+    "5 given offsets by hand, labels suffice": (
+        {"rotary": dict(positions="rotary"), "one-sided bias": dict(positions="distance")},
+        "min(test['rotary'], test['one-sided bias']) > 0.95"),
     "control: no gap where counting is enough": (
         both(task="bag"), "test['labels'] > 0.9 and abs(test['SPT'] - test['labels']) < 0.03"),
 }
@@ -695,11 +691,12 @@ def reproduce(config):
             show_row("  " + name, results[title, name])
         names = {column: {name: mean(results[title, name], column) for name in claim}
                  for column in ("train", "test", "steps_to_95")}
-        lines.append((verdict(rule, eval(rule, names)), title, names["test"].values()))
-    lines.append((theory(recipe(seed=config.seed, json=config.json)), "6 why: see above", ()))
-    print(f"\n{'claim':45}test accuracy")
+        tests = ", ".join(f"{name} {test:.2f}" for name, test in names["test"].items())
+        lines.append((verdict(rule, eval(rule, names)), title, tests))
+    lines.append((theory(recipe(seed=config.seed, json=config.json)), "6 why: see above", ""))
+    print(f"\n{'claim':42}test accuracy")
     for ok, title, tests in lines:
-        print(f"{title:45}{' / '.join(map('{:.2f}'.format, tests)):26}{'holds' if ok else 'FAILS'}")
+        print(f"{title:42}{tests:33}{'holds' if ok else 'FAILS'}")
     return all(holds for holds, _, _ in lines)
 
 
@@ -709,7 +706,7 @@ def reproduce(config):
 # In words. Attention starts out uniform. A label asks about a mean over places. If every place
 # shifts its gaze alike, each value is still counted once in the mean, so the mean does not move:
 # labels start out blind. A hidden token asks for itself, at its own place, before any mean, and its
-# neighbour knows something about it: there looking near pays at once.
+# neighbour knows something about it: there looking near soon pays.
 #
 # Set-up. One attention layer, no residual, scores S (T, T) of positions only:
 #     A = softmax(S) by rows,  z_i = Σ_j A_ij v_j,  v_j the value of token j,  φ token by token,
@@ -803,13 +800,14 @@ def theory(config):
                      for name in ("masked near", "labels near", "labels side"))
             print("{:4} {:14}{:15}{:15}".format(step, *pulls)
                   + "  ".join(map(attention_text, seen["heads"])))
+    weak = max(abs(seen["labels " + to][0]) for seen in alone.values() for to in ("near", "side"))
     (pull, error), (label, _) = masks[before]["masked near"], masks[before]["labels near"]
     return all([
         blind,
         verdict("masks teach near: when they end, masked > 20 * labels and masked > 10 * error",
                 pull > 20 * abs(label) and pull > 10 * error),
-        verdict("labels alone do not: at every step shown, labels < that masked / 100",
-                all(abs(seen["labels near"][0]) < pull / 100 for seen in alone.values())),
+        verdict("labels alone do not: at all steps shown, either pull < that / 100",
+                weak < pull / 100),
         verdict("labels choose the side: |right - left| < 0.05 before and > 0.1 after them",
                 sides[0]["side"] < 0.05 and sides[after]["side"] > 0.1)])
 

@@ -129,10 +129,9 @@ def attention_by_loops(attention, x):
     for h in range(2):
         own = slice(h * 16, h * 16 + 16)
         q, k, v = (x @ getattr(attention, name).weight[own].T for name in ("query", "key", "value"))
-        q, k = turn(q), turn(k)
         for i in range(9):
             bias = [0] * 9 if attention.score_bias is None else attention.score_bias[h, i]
-            e = [math.exp(q[i] @ k[j] / 4 + bias[j]) for j in range(9)]
+            e = [math.exp(turn(q)[i] @ turn(k)[j] / 4 + bias[j]) for j in range(9)]
             out[i, own] = sum(e[j] / sum(e) * v[j] for j in range(9))
     return out @ attention.out.weight.T
 
@@ -393,16 +392,14 @@ def test_labels_keep_the_best_of_three_rates_and_spt_has_one(capsys, monkeypatch
 
 
 def test_every_row_of_every_claim_can_make_it_fail_alone(capsys, monkeypatch):
-    high = {"SPT", "only qk copied", "qk frozen", "labels, rotary", "labels, one-sided bias"}
-
     def run_rows(rows, config):
         results = {}
         for (title, row), one in rows.items():
-            assert (one.transfer == "not-qk") == (row == "all but qk copied")
+            assert (one.transfer == "not-qk") == (row == "rest copied")
             steps = 3000 if title[:2] == "1e" and flipped != flips[0] else 300
-            good = (row in high or title[:2] in ("1e", "co")) != ((title, row) == flipped)
-            results[title, row] = [result_of(one, 0.99, 0.99, steps) if good
-                                   else result_of(one, 0.5, 0.5, None)] * 2
+            high = row in ("SPT", "qk copied", "qk frozen") or title[:2] in ("1e", "1f", "5 ", "co")
+            numbers = (.99, .99, steps) if high != ((title, row) == flipped) else (.5, .5, None)
+            results[title, row] = [result_of(one, *numbers)] * 2
             if row == "SPT":    # the arms share all but one thing
                 assert replace(rows[title, "labels"], spt=True) == one != rows[title, "labels"]
         return results
@@ -474,18 +471,20 @@ def test_the_proof_fails_where_labels_see_or_masks_do_not(change, monkeypatch):
     assert spt.proved(0) == (change == (1, 1, 0, 0))
 
 
-@pytest.mark.parametrize("change", [{}, dict(proof=False), dict(labels=-.011), dict(error=.11),
-                                    dict(masked=0), dict(before=.2), dict(after=.1), dict(same=-1)])
-def test_each_verdict_of_the_theory_can_fail(change, monkeypatch):
-    c = dict(proof=True, masked=1, error=.09, labels=.009, same=.04, before=.04, after=.3) | change
+SEEN = dict(proof=1, masked=1, error=.09, labels=.009, to=-.009, same=.04, before=.04, after=.3)
+
+
+@pytest.mark.parametrize("c", [SEEN | c for c in ({}, dict(proof=0), dict(labels=-.011), dict(
+    to=.011), dict(same=-1), dict(masked=0), dict(error=.11), dict(before=.2), dict(after=.1))])
+def test_each_verdict_of_the_theory_can_fail(c, monkeypatch):
     sides = iter([0.0] * 4 + [c["before"], c["after"]])    # looked at, stage by stage
-    labels = iter([c["labels"]] * 2 + [c["same"]] * 4)
+    labels, to_side = iter([c["labels"]] * 2 + [c["same"]] * 4), iter([c["to"]] * 2 + [1] * 4)
     monkeypatch.setattr(spt, "proved", lambda _: c["proof"])
     monkeypatch.setattr(spt, "look", lambda *_: dict(side=next(sides), heads=[[0.1] * 9]))
     monkeypatch.setattr(spt, "neighbour_pulls", lambda *_, **__: {
         "masked near": (c["masked"], c["error"]), "labels near": (next(labels), 1.0),
-        "labels side": (0.0, 1.0)})
-    assert spt.main(["--theory", *FLAGS]) == (change != {})
+        "labels side": (next(to_side), 1.0)})
+    assert spt.main(["--theory", *FLAGS]) == (c != SEEN)
 
 
 def test_theory_end_to_end(tmp_path, capsys):
@@ -564,8 +563,10 @@ def test_the_encoder_of_readme_shows_the_gap(pretraining, capsys):
     assert float(capsys.readouterr().out) == pytest.approx(*((1, .05) if pretraining else (.5, .2)))
 
 
-def test_readme_shows_the_code_as_it_is_and_its_diff_applies_and_runs(tmp_path):
+def test_readme_shows_code_and_claims_as_they_are_and_its_diff_applies_and_runs(tmp_path):
     source = Path(spt.__file__).read_text(encoding="utf-8")
+    claims = Path(spt.__file__).with_name("assets") / "claims.txt"
+    assert claims.read_text(encoding="utf-8").endswith("\n\n" + blocks("text")[-1])
     lines = iter(source.splitlines())
     assert all(line in lines for line in blocks("python")[0].splitlines() if line)
     for hunk in blocks("diff")[0].split("@@\n"):

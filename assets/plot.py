@@ -1,7 +1,12 @@
 """Draw README's picture from JSON lines:  python assets/plot.py results.jsonl [picture.png]
 
 Needs matplotlib, and in the file: runs of `--compare --json`, runs of `--theory --json`, and for
-the thin lines runs of labels only with more steps. README has the commands.
+the thin lines runs of labels only with more steps. README's picture is made by
+
+    python spt.py --compare --seeds 10 --json r.jsonl
+    for i in 0 1 2 3 4; do python spt.py --theory --seed $i --json r.jsonl; done
+    for i in 0 1 2; do python spt.py --finetune-steps 5600 --lr 0.003 --seed $i --json r.jsonl; done
+    python assets/plot.py r.jsonl
 """
 import json
 import statistics
@@ -42,19 +47,22 @@ def what(axes, labels, spt, longer):
 
 
 def why(axes, theory):
-    """Pull on both neighbours while masked tokens teach, or labels alone."""
+    """Pulls on the neighbours while masked tokens teach, or labels alone."""
     def pulls(stage, name):
         return [{int(step): 1000 * seen[name][0] for step, seen in run["stages"][stage].items()}
                 for run in theory]
     masks = "SPT: masked tokens"
     axes.axhline(0, color=GREY, linewidth=0.6)
-    band(axes, pulls(masks, "masked near"), BLUE, "masked tokens", marker="o", markersize=3)
-    band(axes, pulls(masks, "labels near"), GREEN, "labels, on the same model", marker="s",
-         markersize=3, linestyle="--")
-    band(axes, pulls("labels only", "labels near"), ORANGE, "labels, in label-only training", marker="^",
+    band(axes, pulls(masks, "masked near"), BLUE, "SPT: masked tokens, on both", marker="o",
          markersize=3)
+    band(axes, pulls(masks, "labels near"), GREEN, "labels on that model, on both", marker="s",
+         markersize=3, linestyle="--")
+    band(axes, pulls("labels only", "labels near"), ORANGE, "labels only, on both", marker="^",
+         markersize=3)
+    band(axes, pulls("labels only", "labels side"), GREY, "labels only, right less left", marker="v",
+         markersize=3, linestyle=":")
     axes.set_yscale("symlog", linthresh=1)
-    axes.set(title=f"why: pull on both neighbours, {len(theory)} seeds", xlabel="step",
+    axes.set(title=f"why: pull on the neighbours, {len(theory)} seeds", xlabel="step",
              ylabel="pull x 1000", ylim=(-10, 20000), yticks=[-10, -1, 0, 1, 10, 100])
     axes.legend(loc="upper left", frameon=False)
 
