@@ -146,10 +146,10 @@ def from_file(path, seed=0):
     try:
         with np.load(path, allow_pickle=False) as file:
             parts = [(file[kind + "tokens"], file[kind + "labels"]) for kind in ("", "test_")
-                     if kind == "" or "test_tokens" in file]
+                     if kind == "" or {"test_tokens", "test_labels"} & set(file)]
     except Exception as error:    # numpy, zipfile and zlib raise a dozen kinds on a damaged file
-        raise ValueError(f"data {path}: must be an .npz of plain arrays tokens and labels, with "
-                         f"test_tokens and test_labels or without ({error})") from None
+        raise ValueError(f"data {path}: {error}; must be an .npz of plain arrays tokens and "
+                         "labels, with test_tokens and test_labels or without") from None
     for x, y in parts:
         fits = (x.ndim == 2 and x.size > 0 and x.dtype.kind in "iu" and x.min() >= 0
                 and x.shape[1] == parts[0][0].shape[1])
