@@ -148,14 +148,14 @@ def from_file(path, seed=0):
             parts = [(file[kind + "tokens"], file[kind + "labels"]) for kind in ("", "test_")
                      if kind == "" or {"test_tokens", "test_labels"} & set(file)]
     except Exception as error:    # numpy, zipfile and zlib raise a dozen kinds on a damaged file
-        raise ValueError(f"data {path}: {error}; must be an .npz of plain arrays tokens and "
-                         "labels, with test_tokens and test_labels or without") from None
+        raise ValueError(f"data {path}: {error}; must be an .npz of tokens and labels, with "
+                         "test_tokens and test_labels or not; objects need .astype(str)") from None
     for x, y in parts:
         fits = (x.ndim == 2 and x.size > 0 and x.dtype.kind in "iu" and x.min() >= 0
                 and x.shape[1] == parts[0][0].shape[1])
         if not fits or y.shape != x.shape[:1] or y.dtype.kind not in "iuU":
-            raise ValueError(f"data {path}: needs tokens (n, T), integers from 0 up, labels (n,), "
-                             f"integers or names; has {x.dtype} {x.shape}, {y.dtype} {y.shape}")
+            raise ValueError(f"data {path}: needs tokens (n, T), integers from 0 up, one T, labels "
+                             f"(n,), integers, names; has {x.dtype} {x.shape}, {y.dtype} {y.shape}")
     # A random fifth becomes the test.
     if len(parts) == 1:
         order = np.random.default_rng(seed).permutation(len(x))       # (n,)
