@@ -1,36 +1,49 @@
 """Why does self-pretraining help a Transformer? One file that runs, and shows it.
 
-Self-pretraining (SPT): train a model to fill in masked tokens of its own training sequences, with
-the labels hidden; then fine-tune the same model on their labels. No other data is used. Where the
-label lives in who stands next to whom, after 600 steps of 32 sequences labels alone are near chance
-and SPT is near perfect: masks teach attention to look near, labels then choose the side.
+Self-pretraining (SPT): first train a model to fill in masked tokens of its own training sequences,
+then fine-tune the same model on their labels. No other data is used. The task here is *proximity*.
+In class 1 a token is often the previous one plus 1, in class 0 the previous one minus 1:
 
-    python spt.py --task proximity --spt       pretrain, then fine-tune: 6 s on one core of
-                                               an AMD EPYC with torch 2.13.0; it prints, above all,
+    class 1    2 3 4 0 1 2 5 6          a masked sequence    2 3 _ 0 1 _ 5 6
+    class 0    6 5 4 1 0 7 2 1          (8 symbols, so 7 + 1 is 0)
 
-                              train accuracy test accuracy  95 % at step  near  side
-    SPT, seed 0               1.000          1.000          480           0.49  0.47
+Every token is equally frequent in both classes. Only who stands next to whom tells them apart. With
+600 steps on labels alone the model stays at chance, with SPT it is near perfect. The reason:
+attention starts as a bag of tokens; masks teach it to look near; then labels can use it.
 
-    python spt.py --task proximity             labels only, for the same 600 steps: 0.50
-    python spt.py --task proximity --compare   both over several seeds: the gap and its reason
-    python spt.py --reproduce                  every claim as measured numbers, with a verdict
-    python spt.py --theory                     why: what is proved, and what happens in training
+    python spt.py --task proximity                          labels alone, 600 steps: 0.51
+    python spt.py --task proximity --start near --lr 0.01   the same, attention starts near: 1.00
+    python spt.py --task proximity --spt                    400 steps on masks, 200 on labels: 1.00
+    python spt.py --compare                                 these three over several seeds
+    python spt.py --reproduce                               every claim, with a verdict
+    python spt.py --theory                                  why: the bag, the proof, the pulls
+
+The third command takes about 5 seconds on one core (Intel Xeon, torch 2.13.0). It prints, among
+other lines,
+
+                                   train accuracy   test accuracy    on neighbours
+    SPT, seed 0                    1.000            0.999            0.47
 
 After arXiv 2605.21070 (2026) and Amos et al., arXiv 2310.02980; tasks and set-up are this project's
-own. The method comes first and ends with `accuracy`; the rest is evidence: probes, one run, many
-runs, the claims, the theory, the command line. Letters in shape comments: B sequences in a batch,
-T tokens in a sequence, C width (d_model), H heads, D = C / H width of a head, V symbols (token V
-is the mask), K classes, L layers, n sequences in all, N hidden tokens in a batch.
+own. The method comes first and ends with `accuracy`. The rest is evidence: where attention starts
+and looks, one run, the comparison, the claims, the theory, the command line.
+
+Letters in shape comments: B sequences in a batch, T tokens in a sequence, C width (d_model),
+H heads, D = C / H width of a head, V symbols (token V is the mask), K classes, L layers,
+N masked tokens in a batch, n sequences in all.
 """
 import argparse
+import io
 import json
 import math
 import os
+import signal
 import statistics
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -39,218 +52,171 @@ from tqdm import tqdm
 
 import synthetic_tasks as tasks
 
-# ---------------------------------------------------------------------------------------------
-# What can be configured. The command line is made from these fields, so that help and defaults
-# cannot drift apart. Only whole experiments take a Config; everything else takes plain arguments,
-# so that it can be copied alone.
-# ---------------------------------------------------------------------------------------------
-POSITIONS = "sinusoidal", "learned", "rotary", "distance", "none"
-
-
-def option(default, help, choices=None):
-    """A field of Config: its default, the help of its flag, and the values it may take."""
-    return field(default=default, metadata=dict(help=help, choices=choices))
-
-
-@dataclass(frozen=True)
-class Config:
-    """One run, or what to do with many. Raises ValueError for numbers out of range."""
-    # what to do
-    task: str = option("proximity", "what to classify", tasks.TASKS)
-    spt: bool = option(False, "pretrain on masked tokens first; otherwise labels get all steps")
-    seed: int = option(0, "seed of data, weights, batches and masks")
-    seeds: int = option(3, "number of seeds, from --seed up, of --compare and --reproduce")
-    jobs: int = option(os.cpu_count() or 1, "processes for --compare and --reproduce")
-    device: str = option("cpu", "where the tensors live", ("cpu", "cuda"))
-    json: str = option(None, "file to append results to, one JSON object a line")
-    save: str = option(None, "file for the weights of a single run")
-    # the data
-    n_train: int = option(2000, "training sequences (text: at most)")
-    n_test: int = option(1000, "test sequences (text: at most)")
-    seq_len: int = option(64, "tokens in a sequence, T")
-    vocab_size: int = option(8, "symbols, V")
-    signal: float = option(0.5, "chance that a token follows its class's rule")
-    text: str = option(None, "UTF-8 file; implies --task text, else on Python's own manual")
-    data: str = option(None, "your own sequences: .npz with tokens (n, T) and labels (n,)")
-    # the model
-    positions: str = option("sinusoidal", "how the model knows positions", POSITIONS)
-    n_layers: int = option(1, "blocks, L")
-    d_model: int = option(32, "width, C")
-    n_heads: int = option(2, "attention heads, H")
-    d_ff: int = option(64, "width inside the MLP")
-    readout: str = option("mean", "class from the mean over places, or from all", ("mean", "all"))
-    # the training
-    pretrain_steps: int = option(400, "steps on masked tokens")
-    finetune_steps: int = option(200, "steps on labels")
-    batch_size: int = option(32, "sequences in a step, B")
-    pretrain_lr: float = option(0.01, "peak learning rate on masked tokens")
-    lr: float = option(0.005, "peak learning rate on labels")
-    mask_ratio: float = option(0.3, "share of tokens hidden in pretraining")
-    # two probes of the query and key maps (qk)
-    transfer: str = option("all", "copy qk or not-qk to a new model", ("all", "qk", "not-qk"))
-    freeze_qk: bool = option(False, "keep query and key maps as they are while fine-tuning")
-
-    def __post_init__(self):
-        for f in fields(self):
-            value, low = getattr(self, f.name), {"seed": 0, "seq_len": 2}.get(f.name, 1)
-            if f.type is int and value < low or f.type is float and not 0 < value <= 1:
-                rule = f"{low} or more" if f.type is int else "above 0 and at most 1"
-                raise ValueError(f"--{f.name.replace('_', '-')} {value}: must be {rule}")
-
-
-# One set of defaults serves every task; these are the exceptions. English has 41 symbols to tell
-# apart, so it gets more steps. The signals put the best possible classifier well above chance.
-RECIPES = {"text": dict(n_train=10_000, vocab_size=41, pretrain_steps=800, finetune_steps=600),
-           "texture": dict(signal=0.6), "bag": dict(signal=0.2)}
-
-
-def recipe(task="proximity", **changes):
-    """The Config of a task: defaults, then the task's exceptions, then `changes`."""
-    task = "text" if changes.get("text") else task
-    return Config(**{"task": task, **RECIPES.get(task, {}), **changes})
-
 
 # ---------------------------------------------------------------------------------------------
-# Positions. Attention by itself sees a bag of tokens; these are ways to tell it their order.
-# Sinusoidal and learned positions are absolute: query and key maps must turn places into
-# proximity, that is, attention to small offsets. This is what labels fail to teach. Rotary
-# positions and distance biases put offsets into the scores by hand.
+# Positions. Attention by itself sees a bag of tokens: shuffle them, and nothing changes but the
+# order of its outputs. So the model is told where each token stands.
+#
+# Sinusoidal positions are absolute: each position has a vector of its own, which is added to the
+# token's. Neighbours have similar vectors, but no part of the model knows that yet. To look at
+# neighbours, attention must learn to compare these vectors. Rotary positions are relative: they
+# put the offset between two tokens into attention by hand.
 # ---------------------------------------------------------------------------------------------
+POSITIONS = ("sinusoidal", "learned", "rotary", "shuffled", "none")
+
+
 def sinusoidal_positions(seq_len, d_model):
-    """PE[t, 2i] = sin(t / 10000^(2i/C)), PE[t, 2i+1] = cos(same)   (Vaswani et al. 2017, sec. 3.5)
+    """One vector for each position, made of sines and cosines of many wavelengths.
 
+    PE[t, 2i] = sin(t / 10000^(2i/C)), PE[t, 2i+1] = cos(same)   (Vaswani et al. 2017, sec. 3.5).
     Returns (T, C) float32, for an even d_model.
     """
-    frequency = 10000.0 ** (-torch.arange(0, d_model, 2) / d_model)       # (C/2,)
+    exponent = torch.arange(0, d_model, 2) / d_model                      # (C/2,)
+    frequency = 10000.0 ** -exponent                                      # (C/2,)
     angle = torch.arange(seq_len)[:, None] * frequency                    # (T, C/2)
-    # sin a sin b + cos a cos b = cos(a - b): the inner product of rows i and j depends on i - j
-    # alone. Proximity is in there, for query and key maps that bring it out.
-    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)     # (T, C)
+    # sin a sin b + cos a cos b = cos(a - b). So the inner product of two rows depends only on
+    # their offset, and it is largest where the offset is 0.
+    pairs = torch.stack([angle.sin(), angle.cos()], dim=-1)               # (T, C/2, 2)
+    return pairs.flatten(1)                                               # (T, C)
 
 
 def rotate(x):
-    """Rotary positions: turn pair i of token t by t / 10000^(2i/D)   (Su et al. 2021, sec. 3.2)
+    """Rotary positions: turn pair i of token t by the angle t / 10000^(2i/D).
 
     x (..., T, D) with D even -> the same shape. Inner products of rotated queries and keys depend
-    on positions only through their difference: proximity comes with the encoding.
+    on positions only through their difference (Su et al. 2021, sec. 3.2).
     """
     T, D = x.shape[-2:]
-    frequency = 10000.0 ** (-torch.arange(0, D, 2) / D)                   # (D/2,)
-    angle = (torch.arange(T)[:, None] * frequency).to(x.device)           # (T, D/2)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)           # (T, D/2) each
-    # As a complex number, a + ib is multiplied by exp(i angle).
-    a, b = x[..., 0::2], x[..., 1::2]                                     # (..., T, D/2) each
+    exponent = torch.arange(0, D, 2) / D                                  # (D/2,)
+    frequency = 10000.0 ** -exponent                                      # (D/2,)
+    angle = torch.arange(T)[:, None] * frequency                          # (T, D/2)
+    cos = angle.cos().to(x)                                               # (T, D/2)
+    sin = angle.sin().to(x)                                               # (T, D/2)
+    a = x[..., 0::2]                                                      # (..., T, D/2)
+    b = x[..., 1::2]                                                      # (..., T, D/2)
+    # This is how the complex number a + ib is multiplied by exp(i angle).
     pairs = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)   # (..., T, D/2, 2)
     return pairs.flatten(-2)                                              # (..., T, D)
 
 
-def distance_bias(n_heads, seq_len):
-    """A bias of -slope * |i - j| for the scores, a penalty per step (ALiBi, Press et al. 2022)
-
-    Returns (H, T, T) float32. ALiBi looks left only; here even heads look left and odd heads look
-    right, -inf on the other side, with slopes 1, 1, 1/2, 1/2, ...
-    """
-    offset = torch.arange(seq_len) - torch.arange(seq_len)[:, None]       # (T, T), j - i
-    head = torch.arange(n_heads)[:, None, None]                           # (H, 1, 1)
-    wrong_side = torch.where(head % 2 == 0, offset > 0, offset < 0)       # (H, T, T)
-    return (-(0.5 ** (head // 2)) * offset.abs()).masked_fill(wrong_side, -math.inf)  # (H, T, T)
-
-
 # ---------------------------------------------------------------------------------------------
-# The model: a pre-norm Transformer encoder with two heads, to fill in tokens and to classify.
-#
-# Where can proximity sit? Ignoring the norm, place i holds t_i + p_i, token plus position, and a
-# score of the first block is (t_i + p_i)ᵀ M (t_j + p_j) / √D, M made of query and key maps. Of
-# its four terms, p_iᵀ M p_j knows places only. Whether it is large for j next to i is up to M:
-# looking near has to be learned by the query and key maps.
+# The model: a pre-norm Transformer encoder with two heads, one to fill in tokens and one to
+# classify. There is no causal mask: every position may look at every other.
 # ---------------------------------------------------------------------------------------------
 class Attention(nn.Module):
-    """Multi-head self-attention, softmax(q kᵀ / √D + bias) v   (Vaswani et al. 2017, sec. 3.2)
+    """Multi-head self-attention, softmax(q kᵀ / √D) v   (Vaswani et al. 2017, sec. 3.2).
 
-    x (B, T, C) -> (B, T, C); with `return_weights=True` also the attention weights (B, H, T, T),
-    by the formula as it reads. Otherwise PyTorch's fused kernel gives the same without storing
-    them. `bias` (H, T, T) is added to the scores. `query` and `key` decide where to look, `value`
-    and `out` what to bring back. Raises ValueError where heads do not divide d_model as needed.
+    x (B, T, C) -> (B, T, C). With `return_weights=True` it returns the attention weights
+    (B, H, T, T) as well, computed by the formula as it reads. Otherwise PyTorch's own function
+    gives the same output, and does not store them. Raises ValueError where d_model is not a
+    multiple of 2 * n_heads.
     """
 
-    def __init__(self, d_model, n_heads, rotary=False, bias=None):
+    def __init__(self, d_model, n_heads, rotary=False):
         super().__init__()
-        # Even, since sines go with cosines, and rotary positions turn pairs.
-        if d_model % (2 * n_heads):
+        # Even, because sines go with cosines and rotary positions turn pairs.
+        if d_model % (2 * n_heads) != 0:
             raise ValueError(f"d_model {d_model}: must be a multiple of 2 x n_heads {n_heads}")
-        self.n_heads, self.rotary = n_heads, rotary
-        self.query, self.key, self.value, self.out = (    # matrices, as in the formula
-            nn.Linear(d_model, d_model, bias=False) for _ in range(4))
-        # Given by hand, so neither trained nor saved.
-        self.register_buffer("score_bias", bias, persistent=False)        # (H, T, T) or None
+        self.n_heads = n_heads
+        self.rotary = rotary
+        # Query and key decide where to look, value and out what to bring back.
+        self.query = nn.Linear(d_model, d_model, bias=False)
+        self.key = nn.Linear(d_model, d_model, bias=False)
+        self.value = nn.Linear(d_model, d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+        # Added to the scores where it is not None. `attention_pull` uses it as a probe.
+        self.score_bias = None                                            # (T, T) or None
+
+    def split_heads(self, x):
+        B, T, C = x.shape
+        x = x.view(B, T, self.n_heads, C // self.n_heads)                 # (B, T, H, D)
+        return x.transpose(1, 2)                                          # (B, H, T, D)
 
     def forward(self, x, return_weights=False):
-        q, k, v = (part(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, H, T, D) each
-                   for part in (self.query, self.key, self.value))
+        q = self.split_heads(self.query(x))                               # (B, H, T, D)
+        k = self.split_heads(self.key(x))                                 # (B, H, T, D)
+        v = self.split_heads(self.value(x))                               # (B, H, T, D)
         if self.rotary:
-            q, k = rotate(q), rotate(k)                                   # (B, H, T, D) each
-        if not return_weights:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.score_bias)  # (B, H, T, D)
-            return self.out(y.transpose(1, 2).flatten(2))                 # (B, T, C)
-        # Without the division, scores would grow with D and the softmax start out spiky.
-        scores = q @ k.mT / math.sqrt(q.shape[-1])                        # (B, H, T, T)
-        scores = scores if self.score_bias is None else scores + self.score_bias
-        weights = scores.softmax(dim=-1)                                  # (B, H, T, T)
-        return self.out((weights @ v).transpose(1, 2).flatten(2)), weights
+            q = rotate(q)                                                 # (B, H, T, D)
+            k = rotate(k)                                                 # (B, H, T, D)
+        if return_weights:
+            # Without the division scores would grow with D, and the softmax would start spiky.
+            scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])     # (B, H, T, T)
+            if self.score_bias is not None:
+                scores = scores + self.score_bias                         # (B, H, T, T)
+            weights = scores.softmax(dim=-1)                              # (B, H, T, T)
+            y = weights @ v                                               # (B, H, T, D)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, self.score_bias)  # (B, H, T, D)
+        y = self.out(y.transpose(1, 2).flatten(2))                        # (B, T, C)
+        if return_weights:
+            return y, weights
+        return y
 
 
 class Block(nn.Module):
-    """Pre-norm residual block, (B, T, C) -> (B, T, C): add attention, then an MLP."""
+    """Pre-norm residual block, (B, T, C) -> (B, T, C): add attention, then add an MLP."""
 
-    def __init__(self, attention, d_model, d_ff):
+    def __init__(self, d_model, n_heads, d_ff, rotary=False):
         super().__init__()
-        self.norm1, self.attention = nn.LayerNorm(d_model), attention
+        self.norm1 = nn.LayerNorm(d_model)
+        self.attention = Attention(d_model, n_heads, rotary)
         self.norm2 = nn.LayerNorm(d_model)
-        self.mlp = nn.Sequential(nn.Linear(d_model, d_ff, bias=False), nn.ReLU(inplace=True),
-                                 nn.Linear(d_ff, d_model, bias=False))
+        self.mlp = nn.Sequential(
+            nn.Linear(d_model, d_ff, bias=False),
+            nn.ReLU(),
+            nn.Linear(d_ff, d_model, bias=False),
+        )
 
     def forward(self, x):
         x = x + self.attention(self.norm1(x))                             # (B, T, C)
-        return x + self.mlp(self.norm2(x))                                # (B, T, C)
+        x = x + self.mlp(self.norm2(x))                                   # (B, T, C)
+        return x
 
 
 class Transformer(nn.Module):
-    """Encoder with a reconstruction head and a classification head; no causal mask, no dropout.
+    """Encoder with a reconstruction head and a class head.
 
     tokens (B, T) int64 in [0, V], where V is the mask symbol:
         model(tokens)             -> (B, T, C)  features
-        model.reconstruct(tokens) -> (B, T, V)  logits of the symbol that stands at each place
-        model.classify(tokens)    -> (B, K)     logits of the class, from the mean over places or,
-                                                with `readout="all"`, from all places side by side
-    Raises ValueError where `positions` or `readout` is unknown or the widths do not fit.
+        model.reconstruct(tokens) -> (B, T, V)  logits of the symbol at each position
+        model.classify(tokens)    -> (B, K)     logits of the class
+    `positions` is one of POSITIONS: "learned" starts as noise, "shuffled" has the sinusoidal rows
+    in a random order. Raises ValueError for any other, or where the widths do not fit.
     """
 
     def __init__(self, vocab_size, seq_len, n_classes=2, positions="sinusoidal", n_layers=1,
-                 d_model=32, n_heads=2, d_ff=64, readout="mean"):
+                 d_model=32, n_heads=2, d_ff=64):
         super().__init__()
-        if positions not in POSITIONS or readout not in ("mean", "all"):
-            raise ValueError(f"{positions=}, {readout=}: must be one of {POSITIONS}, mean or all")
+        if positions not in POSITIONS:
+            raise ValueError(f"positions {positions!r}: must be one of {', '.join(POSITIONS)}")
         self.token_embedding = nn.Embedding(vocab_size + 1, d_model)      # V symbols and the mask
-        # PyTorch's default is a std of 1. Tokens of that size drown the positions, whose entries
-        # have size 0.7, and attention is slower to turn positions into proximity.
+        # The one unusual setting. A position's vector has squared length C / 2. PyTorch's tokens
+        # have C: they would outweigh positions, and like would look at like, not at near. These
+        # have C / 4.
         nn.init.normal_(self.token_embedding.weight, std=0.5)
+        rotary = positions == "rotary"
+        self.blocks = nn.ModuleList()
+        for _ in range(n_layers):
+            self.blocks.append(Block(d_model, n_heads, d_ff, rotary))
+        self.norm = nn.LayerNorm(d_model)
+        self.reconstruction_head = nn.Linear(d_model, vocab_size)         # (B, T, C) -> (B, T, V)
+        self.class_head = nn.Linear(d_model, n_classes)                   # (B, C) -> (B, K)
         if positions == "learned":
             self.positions = nn.Parameter(torch.randn(seq_len, d_model))  # (T, C)
+        elif positions == "sinusoidal":
+            self.register_buffer("positions", sinusoidal_positions(seq_len, d_model))
+        elif positions == "shuffled":
+            order = torch.randperm(seq_len)                               # (T,)
+            self.register_buffer("positions", sinusoidal_positions(seq_len, d_model)[order])
         else:
-            fixed = sinusoidal_positions(seq_len, d_model) if positions == "sinusoidal" else None
-            self.register_buffer("positions", fixed, persistent=False)    # (T, C) or None
-        bias = distance_bias(n_heads, seq_len) if positions == "distance" else None  # (H, T, T)
-        self.blocks = nn.ModuleList(
-            Block(Attention(d_model, n_heads, positions == "rotary", bias), d_model, d_ff)
-            for _ in range(n_layers))
-        self.norm = nn.LayerNorm(d_model)
-        self.reconstruction_head = nn.Linear(d_model, vocab_size)         # from C to V
-        self.readout = readout
-        self.class_head = nn.Linear(d_model * (seq_len if readout == "all" else 1), n_classes)
+            self.positions = None
 
     def embed(self, tokens):
         x = self.token_embedding(tokens)                                  # (B, T, C)
-        return x if self.positions is None else x + self.positions        # (B, T, C)
+        if self.positions is not None:
+            x = x + self.positions                                        # (B, T, C)
+        return x
 
     def forward(self, tokens):
         x = self.embed(tokens)                                            # (B, T, C)
@@ -258,477 +224,772 @@ class Transformer(nn.Module):
             x = block(x)                                                  # (B, T, C)
         return self.norm(x)                                               # (B, T, C)
 
-    # The two questions differ in one thing that will matter: reconstruction asks at a place,
-    # classification asks for a mean over places, in which it is lost who stood next to whom.
-    # Where the class is read from all places side by side, labels can do without masks: claim 5a.
     def reconstruct(self, tokens):
         return self.reconstruction_head(self(tokens))                     # (B, T, V)
 
+    # Here is the crux. The label is about neighbours, and an average over positions can show that
+    # only if attention has already brought the neighbour to the position. To labels alone, an
+    # attention that looks a bit nearer is at first hardly better. So they are slow to teach it:
+    # slow, not unable. At ten times the steps, or in large batches, they get there.
     def classify(self, tokens):
-        x = self(tokens)                                                  # (B, T, C)
-        x = x.flatten(1) if self.readout == "all" else x.mean(dim=1)      # (B, T * C) or (B, C)
+        x = self(tokens).mean(dim=1)                                      # (B, C)
         return self.class_head(x)                                         # (B, K)
 
 
 # ---------------------------------------------------------------------------------------------
-# Self-pretraining: two losses, one loop. Pretraining asks for the tokens that were hidden, fine-
-# tuning for the label. A model that knows nothing pays ln V nats for a hidden token and ln K for a
-# label. `pretrain` and `finetune` ask of a model only that it has reconstruct(tokens) -> (B, T, V)
-# and classify(tokens) -> (B, K): any encoder will do. Neither ever sees the test sequences.
+# Self-pretraining: two losses and one loop. Pretraining asks for the tokens that were masked,
+# fine-tuning for the label. One sequence holds one label, but many tokens to mask.
+#
+# `pretrain`, `finetune` and `accuracy` ask of a model only that it has reconstruct(tokens) and
+# classify(tokens), as above. Any encoder will do. Training never sees the test sequences.
 # ---------------------------------------------------------------------------------------------
 def mask_tokens(tokens, mask_id, mask_ratio, generator=None):
-    """Hide each token with probability `mask_ratio`, independently of the others.
+    """Mask each token with probability `mask_ratio`, independently of the others.
 
-    tokens (B, T) int64 -> corrupted (B, T), where hidden tokens are replaced by `mask_id`, and
-    is_masked (B, T) bool, True where a token was hidden and is to be predicted. `generator` is a
-    CPU torch.Generator. Unlike BERT's, a hidden token is always replaced by the mask symbol.
+    tokens (B, T) int64 -> corrupted (B, T), where masked tokens are replaced by `mask_id`, and
+    is_masked (B, T) bool, True where a token was masked and is to be predicted. `generator` is a
+    CPU torch.Generator. Unlike BERT's, a masked token is always replaced by the mask symbol.
     """
-    # Drawn on the CPU and then moved, so that the same seed hides the same tokens on any device.
-    is_masked = (torch.rand(tokens.shape, generator=generator) < mask_ratio).to(tokens.device)
-    return tokens.masked_fill(is_masked, mask_id), is_masked
+    # Drawn on the CPU and then moved, so that a seed masks the same tokens on any device.
+    draws = torch.rand(tokens.shape, generator=generator)                 # (B, T)
+    is_masked = (draws < mask_ratio).to(tokens.device)                    # (B, T)
+    # A token that is the mask symbol already, as unknown ones are, cannot be a target.
+    is_masked = is_masked & (tokens != mask_id)                           # (B, T)
+    corrupted = tokens.masked_fill(is_masked, mask_id)                    # (B, T)
+    return corrupted, is_masked
 
 
 def masked_loss(model, tokens, corrupted, is_masked):
-    """Mean cross-entropy, in nats, of the hidden tokens and of no others; 0 if none is hidden.
+    """Mean cross-entropy, in nats, of the masked tokens and of no others; 0 if none is masked.
 
-    tokens and corrupted (B, T) int64, is_masked (B, T) bool, as from `mask_tokens`.
+    tokens and corrupted (B, T) int64 and is_masked (B, T) bool, as from `mask_tokens`.
     """
     logits = model.reconstruct(corrupted)[is_masked]                      # (N, V)
-    return F.cross_entropy(logits, tokens[is_masked], reduction="sum") / max(1, len(logits))
+    targets = tokens[is_masked]                                           # (N,)
+    total = F.cross_entropy(logits, targets, reduction="sum")             # ()
+    return total / max(1, len(targets))
 
 
-def train(model, batch_loss, n_sequences, name, *, steps, lr, batch_size=32, seed=0,
-          on_step=lambda step: None):
-    """The loop of both phases: AdamW, 10 % linear warm-up, then a cosine to a tenth of the peak.
+def label_loss(model, tokens, labels):
+    """Mean cross-entropy, in nats, of the labels (B,) of the sequences tokens (B, T)."""
+    return F.cross_entropy(model.classify(tokens), labels)
 
-    `batch_loss(rows, generator)` is the loss of the sequences `rows` (B,), which are drawn with
-    replacement; `on_step(step)` is called after every step. Returns the loss of every step.
+
+def learning_rate(step, steps, peak):
+    """The rate at `step` of `steps`: 10 % linear warm-up, then a cosine to a tenth of the peak."""
+    progress = (step + 1) / steps
+    if progress < 0.1:
+        return peak * progress / 0.1
+    angle = math.pi * (progress - 0.1) / 0.9
+    return peak * (0.55 + 0.45 * math.cos(angle))
+
+
+def train(model, batch_loss, n_sequences, *, steps, lr, batch_size=32, seed=0, progress=True,
+          on_step=None):
+    """The loop of both phases, with AdamW. Returns the loss of every step.
+
+    `batch_loss(rows, generator)` is the loss of the sequences `rows` (B,). They are drawn with
+    replacement. `on_step(step)`, if given, is called after every step. `progress` shows a bar, in
+    terminals only.
     """
-    def share_of_peak(step):
-        progress = (step + 1) / steps
-        return min(progress / 0.1, 0.55 + 0.45 * math.cos(math.pi * max(0, progress - 0.1) / 0.9))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)    # fused: faster
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
-    # A generator for this phase alone: pretraining changes no batch of fine-tuning.
-    generator, losses = torch.Generator().manual_seed(seed), []
-    for step in tqdm(range(steps), name, disable=None):    # None: a bar in terminals only
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    # This phase has its own generator: pretraining changes no batch of fine-tuning.
+    generator = torch.Generator().manual_seed(seed)
+    losses = []
+    for step in tqdm(range(steps), disable=None if progress else True):
+        model.train()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, lr)
         rows = torch.randint(n_sequences, (batch_size,), generator=generator)  # (B,)
         loss = batch_loss(rows, generator)                                # ()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        schedule.step()
         losses.append(loss.item())
-        on_step(step + 1)
+        if on_step is not None:
+            on_step(step + 1)
     return losses
 
 
 def pretrain(model, tokens, *, mask_id, mask_ratio=0.3, steps=400, lr=0.01, **training):
-    """Masked reconstruction of tokens (n, T); returns the loss of every step, in nats.
+    """Train on masked tokens of the sequences tokens (n, T); returns the loss of every step.
 
-    The loss starts near ln V, stays there for a while, and falls once attention looks near.
-    `training`: batch_size, seed, on_step, see `train`.
+    The loss stays for a while near that of a model that knows only how frequent each token is. It
+    falls once attention looks near. `training`: batch_size, seed, progress and on_step of `train`.
     """
     def batch_loss(rows, generator):
-        # A sequence that is drawn again is masked anew: it teaches more than once.
         batch = tokens[rows]                                              # (B, T)
-        return masked_loss(model, batch, *mask_tokens(batch, mask_id, mask_ratio, generator))
-    return train(model, batch_loss, len(tokens), "pretraining", steps=steps, lr=lr, **training)
+        # A sequence that is drawn again is masked anew: it teaches more than once.
+        corrupted, is_masked = mask_tokens(batch, mask_id, mask_ratio, generator)
+        return masked_loss(model, batch, corrupted, is_masked)
+    return train(model, batch_loss, len(tokens), steps=steps, lr=lr, **training)
 
 
 def finetune(model, tokens, labels, *, steps=200, lr=0.005, **training):
-    """Train on tokens (n, T) and labels (n,); returns the loss of every step, in nats.
+    """Train on tokens (n, T) and labels (n,); returns the loss of every step.
 
-    Nothing is masked now. Training on labels alone is this same function, given all the steps.
+    Nothing is masked now. Supervised training, on labels alone, is this same function on a new
+    model. `training`: batch_size, seed, progress and on_step of `train`.
     """
-    def batch_loss(rows, _):
-        return F.cross_entropy(model.classify(tokens[rows]), labels[rows])
-    return train(model, batch_loss, len(tokens), "fine-tuning", steps=steps, lr=lr, **training)
+    def batch_loss(rows, generator):
+        return label_loss(model, tokens[rows], labels[rows])
+    return train(model, batch_loss, len(tokens), steps=steps, lr=lr, **training)
 
 
 @torch.no_grad()
 def accuracy(model, tokens, labels, batch_size=32):
-    """Share of sequences (n, T) whose most likely class is their label (n,). Calls no eval()."""
-    predicted = torch.cat([model.classify(x).argmax(dim=-1) for x in tokens.split(batch_size)])
-    return (predicted == labels).double().mean().item()
+    """Share of sequences (n, T) whose most likely class is their label (n,)."""
+    model.eval()
+    right = 0
+    for x, y in zip(tokens.split(batch_size), labels.split(batch_size)):
+        predicted = model.classify(x).argmax(dim=-1)                      # (B,)
+        right += (predicted == y).sum().item()
+    return right / len(tokens)
 
 
 # =============================================================================================
-# Here the method ends. What follows is evidence, and first probes: move only some of the weights
-# into another model, see where each head looks, ask a loss where it would have attention go. An
-# offset is key minus query, (j - i) mod T: +1 is the right neighbour, -1 the left one.
+# Here the method ends. What follows is evidence.
+#
+# Where attention starts, and where it looks. A score of the first block compares two vectors,
+# each the sum of a token and a position. At the random start these comparisons mean nothing and
+# are small, so attention is nearly uniform: each position receives the average of all tokens.
+# That average is a bag. It tells how often each token occurs, and nothing about order.
+#
+# If key and query are the same map, a position looks at positions that are like itself. Those of
+# neighbours are alike, because sinusoids are smooth. That is the near start: an intervention that
+# trains nothing, and changes only where attention starts.
 # =============================================================================================
-def transfer(source, target, which):
-    """Copy the query and key maps of `source` to `target` ("qk"), or all the rest ("not-qk").
+@torch.no_grad()
+def start_attention(model, start):
+    """Change where the attention of every block starts, before any training.
 
-    The classification head of `target` stays as it is in either case.
+    "random" changes nothing. "near" sets key to query and makes both three times as large.
+    "uniform" sets query to 0, so that every position attends to all alike. Raises ValueError for
+    any other. Mimetic initialization is related (Trockman & Kolter 2023, arXiv 2305.09828).
     """
-    for (name, weight), copy in zip(source.named_parameters(), target.parameters()):
-        is_qk = ".query." in name or ".key." in name
-        if is_qk == (which == "qk") and not name.startswith("class_head"):
-            copy.data.copy_(weight.data)
+    if start not in ("random", "near", "uniform"):
+        raise ValueError(f"start {start!r}: must be random, near or uniform")
+    for block in model.blocks:
+        query = block.attention.query.weight                              # (C, C)
+        key = block.attention.key.weight                                  # (C, C)
+        if start == "near":
+            query.mul_(3)
+            key.copy_(query)
+        elif start == "uniform":
+            query.zero_()
+
+
+def is_query_or_key(name):
+    """Whether the weight of this name decides where attention looks."""
+    return ".query." in name or ".key." in name
+
+
+@torch.no_grad()
+def transfer(source, target, which):
+    """Copy weights of the model `source` to `target`, which then is trained on labels.
+
+    "qk" copies the query and key maps. "rest" copies all but these, "all" copies both. The class
+    head of `target` always stays as it is. Raises ValueError for any other word.
+    """
+    if which not in ("all", "qk", "rest"):
+        raise ValueError(f"transfer {which!r}: must be all, qk or rest")
+    copies = target.state_dict()
+    for name, weight in source.state_dict().items():
+        wanted = which == "all" or is_query_or_key(name) == (which == "qk")
+        if wanted and not name.startswith("class_head."):
+            copies[name].copy_(weight)
 
 
 def by_offset(x):
-    """Sum x (..., T, T), by query i and key j, over all pairs of one offset: (..., T)."""
+    """Sum x (..., T, T), over query i and key j, over all pairs of one offset (j - i) mod T.
+
+    Returns (..., T). Index 1 is the right neighbour and index -1 the left one.
+    """
     T = x.shape[-1]
-    key = (torch.arange(T)[:, None] + torch.arange(T)) % T                # (T, T), i + offset
-    return x.gather(-1, key.to(x.device).expand_as(x)).sum(dim=-2)        # (..., T)
+    position = torch.arange(T, device=x.device)                           # (T,)
+    key = (position[:, None] + position) % T                              # (T, T), i + offset
+    by_query = x.gather(-1, key.expand_as(x))                             # (..., T, T)
+    return by_query.sum(dim=-2)                                           # (..., T)
 
 
 @torch.no_grad()
 def look(model, tokens):
-    """Where the heads look, on average over sequences (B, T) and places, as plain numbers.
+    """Where each head looks: its attention by offset, the mean over positions and tokens (B, T).
 
-    heads: for each of L * H heads, attention at offsets -16 ... 16. near: attention on both
-    neighbours, at -1 and +1; side: the difference of the two; each of the head where it is largest.
+    Returns (L, H, T), on the CPU; each row sums to 1, and uniform attention has 1 / T everywhere.
     """
-    x, seen, T = model.embed(tokens), [], tokens.shape[1]                 # (B, T, C)
+    model.eval()
+    T = tokens.shape[1]
+    x = model.embed(tokens)                                               # (B, T, C)
+    looks = []
     for block in model.blocks:
         _, weights = block.attention(block.norm1(x), return_weights=True)  # (B, H, T, T)
-        seen.append(by_offset(weights.mean(dim=0)) / T)                   # (H, T)
+        looks.append(by_offset(weights.mean(dim=0)) / T)                  # (H, T)
         x = block(x)                                                      # (B, T, C)
-    seen, reach = torch.cat(seen), min(16, (T - 1) // 2)                  # (L * H, T)
-    return dict(near=(seen[:, 1] + seen[:, -1]).max().item(),
-                side=(seen[:, 1] - seen[:, -1]).abs().max().item(),
-                heads=seen[:, range(-reach, reach + 1)].tolist())         # (L * H, 33)
+    return torch.stack(looks).cpu()                                       # (L, H, T)
 
 
-def attention_pull(model, loss, seq_len):
-    """Where a loss would have attention go, by offset, (T,); positive: it would draw it there.
+def on_neighbours(looks):
+    """Attention on both neighbours together, of the head that has most; looks (L, H, T)."""
+    return (looks[..., 1] + looks[..., -1]).max().item()
 
-    Minus the gradient of `loss()`, a scalar made with `model`, with respect to an extra bias of
-    the scores, alike for all heads of every module with a `score_bias`, which is None or (H, T, T)
-    and added to its scores; less its mean over all offsets but 0.
+
+def attention_pull(model, loss, *batch):
+    """Which offsets a loss would have attention look at, (T,): positive where it asks for more.
+
+    A pull is minus the gradient of `loss(model, *batch)` with respect to an extra attention score
+    at one offset, the same at all positions and in all heads. From all of them the mean over
+    offsets but 0 is taken off: at offset 0 a masked position sees only the mask.
     """
-    # A bias of zeros changes nothing, but has a gradient.
-    extra = next(model.parameters()).new_zeros(seq_len, seq_len).requires_grad_()  # (T, T)
-    attentions = [module for module in model.modules() if hasattr(module, "score_bias")]
-    own = [attention.score_bias for attention in attentions]              # (H, T, T) or None each
-    for attention, bias in zip(attentions, own):
-        attention.score_bias = extra[None] if bias is None else bias + extra  # (1 or H, T, T)
-    pull = by_offset(-torch.autograd.grad(loss(), extra)[0])              # (T,)
-    for attention, bias in zip(attentions, own):
-        attention.score_bias = bias
+    T = batch[0].shape[1]
+    # Zeros change nothing, but they have a gradient.
+    extra = next(model.parameters()).new_zeros(T, T).requires_grad_()     # (T, T)
+    for block in model.blocks:
+        block.attention.score_bias = extra
+    gradient, = torch.autograd.grad(loss(model, *batch), extra)           # (T, T)
+    for block in model.blocks:
+        block.attention.score_bias = None
+    pull = -by_offset(gradient)                                           # (T,)
     return pull - pull[1:].mean()
 
 
-def neighbour_pulls(model, tokens, labels, *, mask_id, mask_ratio=0.3, batch_size=32, seed=0):
-    """How masked tokens and how labels pull attention to the neighbours, at offsets -1 and +1.
-
-    tokens (n, T), labels (n,). "near" is the pull on both neighbours, "side" that to the right less
-    that to the left. What has nothing to do with order or with labels is taken out: the masked pull
-    is less that on the same tokens shuffled, the label pull is half the difference to that of the
-    wrong labels. Returns {"masked near": (mean over batches, standard error), "labels near": ...,
-    "labels side": ...}.
-    """
-    generator, found = torch.Generator().manual_seed(seed), []
-    for x, y in zip(tokens.split(batch_size), labels.split(batch_size)):  # (B, T), (B,)
-        order = torch.rand(x.shape, generator=generator).argsort(dim=1)   # (B, T)
-        shuffled = x.gather(1, order.to(x.device))                        # (B, T)
-        # The same masks for a loss and its control: their luck cancels in the difference.
-        corrupted, is_masked = mask_tokens(x, mask_id, mask_ratio, generator)
-        control = shuffled.masked_fill(is_masked, mask_id)                # (B, T)
-        by_masks = attention_pull(model, lambda: (
-            masked_loss(model, x, corrupted, is_masked)
-            - masked_loss(model, shuffled, control, is_masked)), x.shape[1])  # (T,)
-        wrong = (y + 1) % (labels.max() + 1)                              # (B,)
-        by_labels = attention_pull(model, lambda: (
-            F.cross_entropy(model.classify(x), y)
-            - F.cross_entropy(model.classify(x), wrong)) / 2, x.shape[1])  # (T,)
-        found.append(torch.stack([by_masks[1] + by_masks[-1], by_labels[1] + by_labels[-1],
-                                  by_labels[1] - by_labels[-1]]))         # (3,)
-    deviations, means = torch.std_mean(torch.stack(found), dim=0)         # (3,) each
-    named = zip(("masked near", "labels near", "labels side"), means, deviations / len(found)**0.5)
-    return {name: (mean.item(), error.item()) for name, mean, error in named}
-
-
 # ---------------------------------------------------------------------------------------------
-# One run, start to end. The two arms are this one function: they share data, start weights and the
-# total of steps, and differ in what the first `pretrain_steps` ask for.
+# One run. A Config holds all that its numbers depend on. The command line is made from its fields,
+# so that help and defaults cannot drift apart. Nothing above knows of it.
 # ---------------------------------------------------------------------------------------------
+def option(default, help, choices=None, at_least=1):
+    """A field of Config: its default, the help of its flag, and the values it may take."""
+    return field(default=default, metadata=dict(help=help, choices=choices, at_least=at_least))
+
+
+def flag_of(name):
+    return "--" + name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. Raises ValueError for a value that is not allowed, and names its flag."""
+    task: str = option("proximity", "what to classify", (*tasks.TASKS, "data"))
+    spt: bool = option(False, "pretrain on masked tokens first; otherwise labels get all steps")
+    start: str = option("random", "where attention starts", ("random", "near", "uniform"))
+    freeze_qk: bool = option(False, "query and key maps stay where they start, in the whole run")
+    transfer: str = option("all", "after pretraining, copy only query and key maps (qk), or all "
+                           "but these (rest), to a new model", ("all", "qk", "rest"))
+    seed: int = option(0, "seed of data, weights, batches and masks", at_least=0)
+    device: str = option("cpu", "where the tensors live", ("cpu", "cuda", "mps"))
+    # the data
+    n_train: int = option(2000, "training sequences, at most (text: 10000)")
+    n_test: int = option(1000, "test sequences, at most")
+    seq_len: int = option(64, "tokens in a sequence, T", at_least=3)
+    vocab_size: int = option(8, "symbols, V (text: 41)", at_least=2)
+    signal: float = option(0.5, "chance that a token follows its class's rule "
+                           "(texture: 0.6, bag: 0.2)")
+    text: str = option(None, "UTF-8 file for --task text, instead of Python's own manual")
+    data: str = option(None, "your own sequences: .npz with tokens (n, T) and labels (n,)")
+    # the model
+    positions: str = option("sinusoidal", "how the model knows positions", POSITIONS)
+    n_layers: int = option(1, "blocks, L")
+    d_model: int = option(32, "width, C")
+    n_heads: int = option(2, "attention heads, H")
+    d_ff: int = option(64, "width inside the MLP")
+    # the training
+    pretrain_steps: int = option(400, "steps on masked tokens (text: 800)")
+    finetune_steps: int = option(200, "steps on labels (text: 600)")
+    batch_size: int = option(32, "sequences in a step, B")
+    pretrain_lr: float = option(0.01, "peak learning rate on masked tokens")
+    lr: float = option(0.005, "peak learning rate on labels")
+    mask_ratio: float = option(0.3, "share of tokens masked in pretraining")
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            said = f"{flag_of(f.name)} {value}: must be"
+            choices = f.metadata["choices"]
+            at_least = f.metadata["at_least"]
+            if choices is not None and value not in choices:
+                raise ValueError(f"{said} one of {', '.join(choices)}")
+            if f.type is int and value < at_least:
+                raise ValueError(f"{said} {at_least} or more")
+            if f.type is float and not 0 < value <= 1:
+                raise ValueError(f"{said} above 0 and at most 1")
+
+
+# One set of defaults serves every task, with these exceptions. English has more symbols to tell
+# apart, so it gets more steps. The signals put the best possible classifier well above chance.
+RECIPES = {
+    "text": dict(n_train=10_000, vocab_size=41, pretrain_steps=800, finetune_steps=600),
+    "texture": dict(signal=0.6),
+    "bag": dict(signal=0.2),
+}
+
+
+def recipe(**changes):
+    """The Config of a task: the defaults, then the task's exceptions, then `changes`."""
+    task = changes.get("task", "proximity")
+    if changes.get("text") is not None:
+        task = "text"
+    if changes.get("data") is not None:
+        task = "data"
+    return Config(**{**RECIPES.get(task, {}), **changes, "task": task})
+
+
 def load_data(config):
-    """The config with its data's sizes, and [train tokens (n, T), train labels (n,), test ...]."""
-    if config.data:
-        data = tasks.from_file(config.data, config.seed)
-        config = replace(config, task=os.path.basename(config.data), seq_len=data[0].shape[1],
-                         vocab_size=int(max(data[0].max(), data[2].max())) + 1)
+    """The data of a run: train tokens (n, T), train labels (n,), test tokens, test labels.
+
+    Returns them with a config that has the sizes which the data turned out to have. Raises
+    ValueError or OSError for data that cannot be read.
+    """
+    if config.task == "data":
+        parts = tasks.from_file(config.data, config.seed)
+        vocab_size = int(parts[0].max()) + 1
     else:
-        data = tasks.make_task(config.task, n_train=config.n_train, n_test=config.n_test,
-                               seq_len=config.seq_len, vocab_size=config.vocab_size,
-                               signal=config.signal, path=config.text, seed=config.seed)
-    config = replace(config, n_train=len(data[0]), n_test=len(data[2]))
-    return config, [torch.from_numpy(part).to(config.device) for part in data]
+        parts = tasks.make_task(
+            config.task, n_train=config.n_train, n_test=config.n_test, seq_len=config.seq_len,
+            vocab_size=config.vocab_size, signal=config.signal, path=config.text, seed=config.seed)
+        vocab_size = config.vocab_size
+    tensors = [torch.from_numpy(part).to(config.device) for part in parts]
+    config = replace(config, n_train=len(parts[0]), n_test=len(parts[2]),
+                     seq_len=parts[0].shape[1], vocab_size=vocab_size)
+    return config, tensors
 
 
-def model_arguments(config, labels):
-    """What to call Transformer with, for as many classes as `labels` (n,) name."""
-    names = "vocab_size seq_len positions n_layers d_model n_heads d_ff readout".split()
-    return dict(n_classes=int(labels.max()) + 1, **{name: getattr(config, name) for name in names})
+def model_arguments(config, n_classes):
+    """What Transformer is called with."""
+    return dict(
+        vocab_size=config.vocab_size, seq_len=config.seq_len, n_classes=n_classes,
+        positions=config.positions, n_layers=config.n_layers, d_model=config.d_model,
+        n_heads=config.n_heads, d_ff=config.d_ff)
 
 
-def new_model(config, labels, seed):
-    """A Transformer at the random start that `seed` gives."""
+def new_model(config, n_classes, seed):
+    """A Transformer at its start, with the random weights that `seed` gives."""
     torch.manual_seed(seed)
-    return Transformer(**model_arguments(config, labels)).to(config.device)
+    model = Transformer(**model_arguments(config, n_classes))
+    start_attention(model, config.start)
+    for name, weight in model.named_parameters():
+        if config.freeze_qk and is_query_or_key(name):
+            weight.requires_grad_(False)
+    return model.to(config.device)
 
 
-def run(config):
-    """Train one arm and measure it; returns plain numbers, ready for JSON.
+@torch.no_grad()
+def masked_loss_on_test(model, tokens, config):
+    """Mean masked loss over batches of the sequences tokens (n, T), in nats."""
+    model.eval()
+    generator = torch.Generator().manual_seed(config.seed)
+    losses = []
+    for batch in tokens.split(config.batch_size):
+        corrupted, is_masked = mask_tokens(
+            batch, config.vocab_size, config.mask_ratio, generator)       # (B, T)
+        losses.append(masked_loss(model, batch, corrupted, is_masked).item())
+    return statistics.mean(losses)
 
-    train and test: accuracy on the first 1,000 training and on all test sequences; curve: [[step,
-    test accuracy], ...], where steps of pretraining count; looks: what `look` returned at each
-    stage; near, side: of the last stage; masked_loss: mean of the first and of the last 20 steps.
+
+def frequency_loss(tokens):
+    """Masked loss, in nats, of a model that knows only how frequent each token is: the entropy."""
+    frequency = tokens.flatten().bincount() / tokens.numel()              # (V,)
+    return torch.special.entr(frequency.cpu()).sum().item()
+
+
+def run(config, progress=False):
+    """Train one model and measure it. Returns the result, plain numbers, and the model.
+
+    With `config.spt` it is self-pretraining, else supervised training for as many steps in total.
+    Both arms share data, start weights, batch size and the total of steps. In the result `looks`
+    is what `look` returns at each stage, and `masked_loss` the mean of the first and of the last
+    20 steps of pretraining.
     """
     config, (x, y, x_test, y_test) = load_data(config)                    # (n, T), (n,) twice
-    total = config.pretrain_steps + config.finetune_steps    # the same in both arms
-    pretrain_steps = config.pretrain_steps if config.spt else 0
-    settings = dict(batch_size=config.batch_size, seed=config.seed)
-    # Attention matrices are T x T for each sequence and head: the longer, the fewer are looked at.
-    sample = x_test[:max(1, 2**18 // config.seq_len**2)]                  # (B, T)
-    curve, masked_loss = [], None
+    n_classes = int(y.max()) + 1
+    total_steps = config.pretrain_steps + config.finetune_steps
+    training = dict(batch_size=config.batch_size, seed=config.seed, progress=progress)
+    # Attention matrices are T x T: the longer the sequences, the fewer are looked at.
+    n_looked_at = max(1, 2**18 // config.seq_len**2)
+    sample = x_test[:n_looked_at]                                         # (B, T)
 
-    def follow(step):
-        if pretrain_steps + step in [total * tenth // 10 for tenth in range(1, 11)]:
-            curve.append([pretrain_steps + step, accuracy(model, x_test, y_test)])
-
-    model = new_model(config, y, config.seed)
-    looks = {"start": look(model, sample)}
-    if config.spt:
+    model = new_model(config, n_classes, config.seed)
+    result = dict(arm="labels", total_steps=total_steps, masked_loss=None, test_masked_loss=None)
+    looks = {"start": look(model, sample)}                                # (L, H, T) each
+    if not config.spt:
+        finetune(model, x, y, steps=total_steps, lr=config.lr, **training)
+        looks["supervised training"] = look(model, sample)
+    else:
         losses = pretrain(model, x, mask_id=config.vocab_size, mask_ratio=config.mask_ratio,
-                          steps=pretrain_steps, lr=config.pretrain_lr, **settings)
-        masked_loss = [statistics.mean(losses[:20]), statistics.mean(losses[-20:])]
+                          steps=config.pretrain_steps, lr=config.pretrain_lr, **training)
         looks["pretraining"] = look(model, sample)
-    if config.transfer != "all":
-        # What is copied alone meets weights that it has never seen, of another random start.
-        pretrained, model = model, new_model(config, y, config.seed + 10**6)
-        transfer(pretrained, model, config.transfer)
-    for name, weight in model.named_parameters():
-        weight.requires_grad_(not (config.freeze_qk and (".query." in name or ".key." in name)))
-    finetune(model, x, y, steps=total - pretrain_steps, lr=config.lr, on_step=follow, **settings)
-    last = looks["fine-tuning" if config.spt else "label training"] = look(model, sample)
-    if config.save:
-        torch.save(dict(arguments=model_arguments(config, y), weights=model.state_dict()),
-                   config.save)
-    data = [part.cpu().numpy() for part in (x, y, x_test, y_test)]
+        result["arm"] = "SPT"
+        result["masked_loss"] = [statistics.mean(losses[:20]), statistics.mean(losses[-20:])]
+        result["test_masked_loss"] = masked_loss_on_test(model, x_test, config)
+        if config.transfer != "all":
+            # What is copied alone meets weights of another random start.
+            pretrained = model
+            model = new_model(config, n_classes, config.seed + 10**6)
+            transfer(pretrained, model, config.transfer)
+        finetune(model, x, y, steps=config.finetune_steps, lr=config.lr, **training)
+        looks["fine-tuning"] = look(model, sample)
+
+    result["train"] = accuracy(model, x, y)
+    result["test"] = accuracy(model, x_test, y_test)
+    result["on_neighbours"] = on_neighbours(list(looks.values())[-1])
+    result["looks"] = {stage: heads.tolist() for stage, heads in looks.items()}
+    result["n_weights"] = sum(weight.numel() for weight in model.parameters())
+    result.update(yardsticks(config, x, y, x_test, y_test))
+    result["config"] = asdict(config)
+    return result, model
+
+
+def yardsticks(config, x, y, x_test, y_test):
+    """What stands beside the accuracies and the masked loss of a run, for scale."""
+    arrays = [part.cpu().numpy() for part in (x, y, x_test, y_test)]
+    most_frequent = y_test.bincount().max().item()
     return dict(
-        arm="SPT" if config.spt else "labels", total_steps=total,
-        train=accuracy(model, x[:1000], y[:1000]), test=curve[-1][1],
-        steps_to_95=next((step for step, reached in curve if reached >= 0.95), None),
-        # Chance is what always naming the most frequent class would score.
-        chance=y_test.bincount().max().item() / len(y_test), counting=tasks.count_baseline(*data),
-        best_possible=tasks.best_possible_accuracy(config.task, *data[2:], config.vocab_size),
-        near=last["near"], side=last["side"], masked_loss=masked_loss, curve=curve, looks=looks,
-        n_weights=sum(weight.numel() for weight in model.parameters()), config=asdict(config))
+        chance=most_frequent / len(y_test),    # the score of always naming one class
+        counting=tasks.count_baseline(*arrays),
+        best_possible=tasks.best_possible_accuracy(config.task, *arrays[2:], config.vocab_size),
+        frequency_loss=frequency_loss(x))
 
 
 # ---------------------------------------------------------------------------------------------
 # Many runs, side by side in processes of one thread each. All that a run depends on is its
 # Config, so its numbers are the same for any number of processes.
 # ---------------------------------------------------------------------------------------------
-LABEL_LRS = 1e-3, 3e-3, 1e-2    # labels alone get three learning rates and keep the best
-
-
 def start_worker():
-    """A process for runs: one thread, since two have too little to do, and no progress bars."""
+    """Two threads would only wait for each other: at this size they have too little to do."""
     torch.set_num_threads(1)
-    sys.stderr = open(os.devnull, "w")
+
+
+def result_of(config):
+    """The result of `run` alone: a worker process need not send the model."""
+    result, _ = run(config)
+    return result
+
+
+def run_all(configs, jobs):
+    """Yields the result of each config, in their order, as soon as it is there."""
+    # Workers start by ignoring Ctrl-C. This process answers it, and ends them.
+    answer = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # "spawn" works on every system, and with CUDA.
+    pool = get_context("spawn").Pool(min(jobs, len(configs)), start_worker)
+    signal.signal(signal.SIGINT, answer)
+    with pool:
+        yield from pool.imap(result_of, configs)
 
 
 def append_json(path, record):
-    """Add a line to the file `path`; without a path do nothing."""
-    if path:
+    """Add a line to the file `path`. Without a path do nothing."""
+    if path is None:
+        return
+    try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise OutputError(f"--json {path}: {error.strerror}") from None
 
 
-def run_rows(rows, config):
-    """Run each config of {name: config} with `config.seeds` seeds; returns {name: [result, ...]}.
-
-    Labels alone try three learning rates on the first seed. The one with the best accuracy on its
-    *test* set, a choice in favour of labels, serves the other seeds.
-    """
-    results = {name: [] for name in rows}
-
-    # "spawn" starts processes in a way that works on every system, with CUDA as well.
-    with ProcessPoolExecutor(config.jobs, get_context("spawn"), start_worker) as pool:
-        def run_all(asked):    # [(name, config), ...]
-            done = pool.map(run, [replace(one, save=None) for _, one in asked])
-            for (name, _), result in zip(asked, tqdm(done, "runs", len(asked), disable=None)):
-                append_json(config.json, dict(row=name, **result))
-                results[name].append(result)
-        run_all([(name, replace(one, seed=config.seed, lr=lr)) for name, one in rows.items()
-                 for lr in ([one.lr] if one.spt else LABEL_LRS)])
-        for name, tried in results.items():
-            best = max(tried, key=lambda result: result["test"])
-            best["rates"] = ", ".join(f"lr {r['config']['lr']:g} {r['test']:.3f}" for r in tried)
-            results[name] = [best]
-        run_all([(name, replace(one, seed=config.seed + i, lr=results[name][0]["config"]["lr"]))
-                 for name, one in rows.items() for i in range(1, config.seeds)])
-    return results
+def save_weights(path, model, result):
+    """Write what makes the model again. Without a path do nothing."""
+    if path is None:
+        return
+    n_classes = len(model.class_head.bias)
+    arguments = model_arguments(Config(**result["config"]), n_classes)
+    content = io.BytesIO()
+    torch.save(dict(arguments=arguments, weights=model.state_dict()), content)
+    # Written beside and then renamed: a full disk leaves no half of a file.
+    part = Path(path + ".part")
+    try:
+        part.write_bytes(content.getvalue())
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OutputError(f"--save {path}: {error.strerror}") from None
 
 
-HEADER = f"{'':26}{'train accuracy':15}{'test accuracy':15}{'95 % at step':14}{'near':6}side"
+class OutputError(Exception):
+    """A file could not be written. The message names its flag, the file and the reason."""
 
 
-def mean(results, column):
-    """Mean of a column over runs; one that never got to 95 % counts as infinitely many steps."""
-    return statistics.mean(math.inf if r[column] is None else r[column] for r in results)
+# ---------------------------------------------------------------------------------------------
+# What is printed, in 80 columns.
+# ---------------------------------------------------------------------------------------------
+HEADER = f"{'':31}{'train accuracy':17}{'test accuracy':17}on neighbours"
+
+
+def spread(results, column):
+    """Mean ± standard deviation of a column over runs, as text."""
+    values = [result[column] for result in results]
+    text = f"{statistics.mean(values):.3f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.3f}"
+    return text
+
+
+def show_setting(result):
+    """Print the data, the size of the model, and the yardsticks."""
+    config = result["config"]
+    best = result["best_possible"]
+    print(f"{config['data'] or config['task']}: {config['n_train']:,} training sequences of "
+          f"{config['seq_len']} tokens, {result['total_steps']:,} steps, "
+          f"{result['n_weights']:,} weights")
+    print(f"chance {result['chance']:.3f}, counting tokens {result['counting']:.3f}, "
+          f"best possible {'unknown' if best is None else f'{best:.3f}'}")
 
 
 def show_row(name, results):
-    """Print mean ± standard deviation over runs, under HEADER."""
-    def spread(column):
-        values = [result[column] for result in results]
-        more = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.3f}{more}"
-    reached = sum(result["steps_to_95"] is not None for result in results)
-    steps = (f"{mean(results, 'steps_to_95'):,.0f}" if reached == len(results) else
-             f"{reached} of {len(results)} runs")
-    print(f"{name:26}{spread('train'):15}{spread('test'):15}{steps:14}"
-          f"{mean(results, 'near'):.2f}  {mean(results, 'side'):.2f}")
-    if "," in results[0].get("rates", ""):
-        print("    on the first seed:", results[0]["rates"])
+    """Print one line of results, under HEADER."""
+    looks = statistics.mean(result["on_neighbours"] for result in results)
+    print(f"{name:31}{spread(results, 'train'):17}{spread(results, 'test'):17}{looks:.2f}")
 
 
-def report(rows):
-    """Print {name: results}: yardsticks, a row each, and where the heads of a first seed look."""
-    first = list(rows.values())[-1][0]
-    c, best = first["config"], first["best_possible"]
-    print(f"{c['task']}: {c['n_train']:,} training sequences of {c['seq_len']} tokens, "
-          f"{first['total_steps']:,} steps, {first['n_weights']:,} weights\n"
-          f"chance {first['chance']:.3f}, counting tokens {first['counting']:.3f}, "
-          f"best possible {'unknown' if best is None else f'{best:.3f}'}\n{HEADER}")
-    for name, results in rows.items():
-        show_row(name, results)
-    for name, (result, *_) in rows.items():
-        reach = len(result["looks"]["start"]["heads"][0]) // 2
-        print(f"{name:20} {f'offset {-reach}':{reach}}0{reach:>+{reach}}   -1    0   +1")
-        for stage, seen in result["looks"].items():
-            for i, head in enumerate(seen["heads"], 1):
-                # A full bar is half of the head's attention.
-                bars = "".join("▁▂▃▄▅▆▇█"[min(7, int(16 * mass))] for mass in head)
-                print(f"  {stage:14} {i:2}  {bars} " + attention_text(head))
-        if result["masked_loss"]:
-            print("  masked loss from {:.2f} to {:.2f}; a model that knows nothing pays {:.2f}"
-                  .format(*result["masked_loss"], math.log(c["vocab_size"])))
+def show_masked_loss(results):
+    """Print the masked loss on test, beside that of a model that knows only frequencies."""
+    print(f"  masked loss on test {spread(results, 'test_masked_loss')}, "
+          f"by token frequencies alone {results[0]['frequency_loss']:.3f}")
 
 
-def attention_text(head):
-    """Attention of a head at offsets -1, 0, +1."""
-    middle = len(head) // 2
-    return " ".join(f"{mass:.2f}" for mass in head[middle - 1:middle + 2])
+def show_heads(result):
+    """Print where every head looks at each stage, as tenths of its attention by offset."""
+    T = result["config"]["seq_len"]
+    reach = min(16, (T - 1) // 2)
+    offsets = range(-reach, reach + 1)
+    ruler = f"{-reach:<{reach}}0{reach:>+{reach}}"
+    print(f"{'tenths of attention, by offset':31}{ruler}   -1    0   +1")
+    for stage, layers in result["looks"].items():
+        for layer, heads in enumerate(layers, 1):
+            for number, head in enumerate(heads, 1):
+                tenths = ""
+                for offset in offsets:
+                    digit = min(9, int(10 * head[offset]))
+                    tenths += str(digit) if digit > 0 else "."
+                name = f"{stage}, block {layer} head {number}"
+                print(f"{name:31}{tenths} {head[-1]:.2f} {head[0]:.2f} {head[1]:.2f}")
 
 
-def single(config):
-    """Train one arm and print what came out."""
-    result = run(config)
-    append_json(config.json, result)
-    report({f"{result['arm']}, seed {config.seed}": [result]})
+def single(config, json_path, save_path):
+    """Train one model and print what came out."""
+    result, model = run(config, progress=True)
+    try:
+        append_json(json_path, result)
+        save_weights(save_path, model, result)
+    finally:    # the numbers are printed even if a file cannot be written
+        show_setting(result)
+        print(HEADER)
+        show_row(f"{row_name(config)}, seed {config.seed}", [result])
+        if config.spt:
+            show_masked_loss([result])
+        show_heads(result)
 
 
-def compare(config):
-    """Both arms over several seeds, side by side, and the gap."""
-    found = run_rows({arm: replace(config, spt=arm == "SPT") for arm in ("labels", "SPT")}, config)
-    report({f"{arm}, lr {results[0]['config']['lr']:g}": results for arm, results in found.items()})
-    gap = mean(found["SPT"], "test") - mean(found["labels"], "test")
-    print(f"gap in test accuracy, mean over {config.seeds} seeds: {gap:.3f}")
+def row_name(config):
+    """SPT or labels, and where attention starts if not at random."""
+    name = "SPT" if config.spt else "labels"
+    if config.start != "random":
+        name += f", {config.start} start"
+    return name
 
 
 # ---------------------------------------------------------------------------------------------
-# The claims, after the paper's abstract, as data. A row is what differs from its task's recipe; a
-# rule is a Python expression in the columns of the rows.
+# The comparison: labels alone, labels alone from the near start, and SPT, over several seeds.
 # ---------------------------------------------------------------------------------------------
-def both(**changes):
-    """Rows for labels only and for SPT, under the same changes."""
-    return {"labels": changes, "SPT": dict(changes, spt=True)}
+LABEL_RATES = (0.002, 0.005, 0.01)    # labels alone get three learning rates
 
 
-GAP = "test['labels'] < 0.6 and test['SPT'] > 0.95"
-CLAIMS = {    # {title: ({row: changes}, rule)}
-    "1 SPT beats labels alone, at equal steps": (both(), GAP),
-    "1a on English: forwards or backwards?": (both(task="text"), GAP),
-    "1b on sequences of 128 tokens": (both(seq_len=128), GAP),
-    "1c in two dimensions (texture)": (both(task="texture"), "test['SPT'] > test['labels'] + 0.1"),
-    "1d with learned positions": (both(positions="learned"), "test['SPT'] > test['labels'] + 0.1"),
-    "1e labels do, too, at 10 x the steps": ({"labels": dict(finetune_steps=5600)},
-        "test['labels'] > 0.8 and steps_to_95['labels'] > 2 * 600"),
-    "1f and mostly in batches of 128": ({"labels": dict(batch_size=128)}, "test['labels'] > 0.6"),
-    "1g SPT fails if 1 token in 64 is hidden": (
-        {"SPT, few": dict(spt=True, mask_ratio=1 / 64)}, "test['SPT, few'] < 0.6"),
-    "2 it is not depth: 2 layers": (both(n_layers=2), GAP),
-    "2a 4 layers": (both(n_layers=4), GAP),
-    "3 nor too few sequences: 50,000": ({"labels": dict(n_train=50_000)}, "train['labels'] < 0.6"),
-    "3a 200 sequences": (both(n_train=200), "test['labels'] < 0.65 and test['SPT'] > 0.85"),
-    # What is copied alone meets new weights, so these get 100 label steps more.
-    "4 the query and key maps (qk) carry it": (
-        {"qk copied": dict(spt=True, transfer="qk", finetune_steps=300),
-         "rest copied": dict(spt=True, transfer="not-qk", finetune_steps=300)},
-        "test['qk copied'] > 0.9 and test['rest copied'] < 0.6"),
-    "4a even if labels may not change them": ({"qk frozen": dict(
-        spt=True, freeze_qk=True, finetune_steps=300)}, "test['qk frozen'] > 0.9"),
-    "5 given offsets by hand, labels suffice": (
-        {"rotary": dict(positions="rotary"), "one-sided bias": dict(positions="distance")},
-        "min(test['rotary'], test['one-sided bias']) > 0.95"),
-    "5a or reading all places apart": ({"labels": dict(readout="all")}, "test['labels'] > 0.9"),
-    "control: no gap where counting is enough": (
-        both(task="bag"), "test['labels'] > 0.9 and abs(test['SPT'] - test['labels']) < 0.03"),
+def over_seeds(config, seeds):
+    """The config with each of `seeds` seeds, from its own up."""
+    return [replace(config, seed=config.seed + i) for i in range(seeds)]
+
+
+def compare(config, seeds, jobs, json_path):
+    """Labels alone, labels from the near start and SPT, over several seeds."""
+    rows = []
+    for start in ("random", "near"):
+        for rate in LABEL_RATES:
+            rows.append(replace(config, start=start, lr=rate))
+    rows.append(replace(config, spt=True))
+    plan = []
+    for row in rows:
+        plan.extend(over_seeds(row, seeds))
+    results = run_all(plan, jobs)
+    for row in rows:
+        name = f"{row_name(row)}, lr {row.lr:g}"
+        of_row = [next(results) for _ in range(seeds)]
+        for result in of_row:
+            append_json(json_path, dict(row=name, **result))
+        if row is rows[0]:
+            show_setting(of_row[0])
+            print(f"mean ± standard deviation over {seeds} seeds, from {config.seed} up")
+            print(HEADER)
+        show_row(name, of_row)
+    show_masked_loss(of_row)
+
+
+# ---------------------------------------------------------------------------------------------
+# The claims, after the paper's abstract, as data. A row holds what differs from its task's recipe,
+# and the interval in which its mean test accuracy must lie.
+#
+# Where labels must fail they run at all three rates, and the best mean counts. Where they must
+# succeed, the row names one rate. SPT always runs at the default rates, also where it must fail.
+# ---------------------------------------------------------------------------------------------
+class Row(NamedTuple):
+    """One line of a claim: mean test accuracy lies in [low, high] at the best of `rates`."""
+    name: str
+    changes: dict
+    low: float = 0.0
+    high: float = 1.0
+    rates: tuple = (None,)    # None: the rate of the recipe
+
+
+def labels_fail(at_most, **changes):
+    """Labels alone, at the best of three rates, stay below a bound."""
+    return Row("labels", changes, high=at_most, rates=LABEL_RATES)
+
+
+def spt_works(at_least, **changes):
+    """SPT gets above a bound."""
+    return Row("SPT", dict(spt=True, **changes), low=at_least)
+
+
+LONGER = dict(positions="learned", finetune_steps=400)
+MOVED = dict(spt=True, finetune_steps=300)    # what is copied alone gets 100 label steps more
+SHORT = dict(spt=True, seq_len=128, pretrain_steps=150)
+
+CLAIMS = {
+    "1 SPT beats labels alone, at equal steps": [
+        labels_fail(0.70),
+        spt_works(0.95)],
+    "1a the same on English: forwards or backwards?": [
+        labels_fail(0.70, task="text"),
+        spt_works(0.95, task="text")],
+    "1b the same on sequences of 128 tokens": [
+        labels_fail(0.70, seq_len=128),
+        spt_works(0.95, seq_len=128)],
+    "1c the same in two dimensions (texture)": [
+        labels_fail(0.90, task="texture"),
+        spt_works(0.95, task="texture")],
+    "1d the same with learned positions, 400 + 400 steps": [
+        labels_fail(0.75, **LONGER),
+        spt_works(0.80, **LONGER)],
+    "2 depth is not the bottleneck: 2 layers": [
+        labels_fail(0.70, n_layers=2),
+        spt_works(0.95, n_layers=2)],
+    "2a 4 layers": [
+        labels_fail(0.70, n_layers=4),
+        spt_works(0.95, n_layers=4)],
+    "3 labels fail on 19,200 different sequences, too": [
+        # 600 steps of 32 draw 19,200 of these. No more than a few hundred are drawn twice.
+        labels_fail(0.70, n_train=50_000)],
+    "4 the query and key maps carry what SPT learns": [
+        Row("only these copied", dict(transfer="qk", **MOVED), low=0.90),
+        Row("all but these copied", dict(transfer="rest", **MOVED), high=0.60),
+        Row("SPT, these frozen", dict(spt=True, freeze_qk=True), high=0.60)],
+    "5 looking near is enough, without pretraining": [
+        Row("labels, near start", dict(start="near", lr=0.01), low=0.95),
+        Row("the same, shuffled", dict(start="near", positions="shuffled"), high=0.60,
+            rates=LABEL_RATES)],
+    "5a offsets given by rotary positions are enough": [
+        Row("labels, rotary", dict(positions="rotary", lr=0.01), low=0.95)],
+    "6 the near start also ends SPT's plateau: 128 tokens, 150 steps": [
+        Row("SPT", SHORT, high=0.60),
+        Row("SPT, near start", dict(start="near", **SHORT), low=0.85)],
+    "7 what counts is the number of targets": [
+        Row("labels, 6,000 steps", dict(finetune_steps=5600, lr=0.003), low=0.80),
+        Row("labels, batches of 128", dict(batch_size=128, lr=0.01), low=0.60),
+        Row("SPT, 1 token in 64", dict(spt=True, mask_ratio=1 / 64), high=0.60),
+        Row("SPT, 4 tokens in 64", dict(spt=True, mask_ratio=4 / 64), low=0.85)],
+    "8 control: no gap where counting is enough (bag)": [
+        Row("labels", dict(task="bag"), low=0.90),
+        spt_works(0.90, task="bag")],
 }
 
 
-def verdict(rule, holds):
-    """Print a rule and whether it holds; returns `holds`."""
-    print(f"  {'holds' if holds else 'FAILS'}:", rule.replace(" and ", "\n    and "))
+def verdict(text, holds):
+    """Print a statement and whether it holds; returns `holds`."""
+    print(f"  {'holds' if holds else 'FAILS'}: {text}")
     return bool(holds)
 
 
-def reproduce(config):
-    """Measure every claim; exit status 1 if one does not hold. Returns whether all hold."""
-    rows = {(title, name): recipe(device=config.device, **changes)
-            for title, (claim, _) in CLAIMS.items() for name, changes in claim.items()}
-    results, lines = run_rows(rows, config), []
-    print(f"mean ± standard deviation, {config.seeds} seeds from {config.seed} up\n{HEADER}")
-    for title, (claim, rule) in CLAIMS.items():
+def plan_of(row, seed, seeds, device):
+    """The configs of a row: for each of its rates, one for each seed."""
+    configs = []
+    for rate in row.rates:
+        changes = dict(seed=seed, device=device, **row.changes)
+        if rate is not None:
+            changes["lr"] = rate
+        configs.extend(over_seeds(recipe(**changes), seeds))
+    return configs
+
+
+def mean_test(results):
+    return statistics.mean(result["test"] for result in results)
+
+
+def judge(row, results, seeds):
+    """Print the row at its best rate, and whether it lies in its interval. Returns that."""
+    by_rate = [results[i:i + seeds] for i in range(0, len(results), seeds)]
+    best = max(by_rate, key=mean_test)
+    show_row(f"  {row.name}, lr {best[0]['config']['lr']:g}", best)
+    value = mean_test(best)
+    bound = f"at least {row.low:.2f}" if row.low > 0 else f"at most {row.high:.2f}"
+    return verdict(f"test accuracy {value:.2f} ({bound})", row.low <= value <= row.high)
+
+
+def reproduce(seed, seeds, jobs, device, json_path):
+    """Measure every claim. Returns whether all hold."""
+    plan = []
+    for rows in CLAIMS.values():
+        for row in rows:
+            plan.extend(plan_of(row, seed, seeds, device))
+    results = run_all(plan, jobs)
+    print(f"mean ± standard deviation over {seeds} seeds, from {seed} up")
+    print(HEADER)
+    summary = {}
+    for title, rows in CLAIMS.items():
         print(title)
-        for name in claim:
-            show_row("  " + name, results[title, name])
-        names = {column: {name: mean(results[title, name], column) for name in claim}
-                 for column in ("train", "test", "steps_to_95")}
-        tests = ", ".join(f"{name} {test:.2f}" for name, test in names["test"].items())
-        lines.append((verdict(rule, eval(rule, names)), title, tests))
-    lines.append((theory(recipe(seed=config.seed, json=config.json)), "6 why: see above", ""))
-    print(f"\n{'claim':42}test accuracy")
-    for ok, title, tests in lines:
-        print(f"{title:42}{tests:33}{'holds' if ok else 'FAILS'}")
-    return all(holds for holds, _, _ in lines)
+        holds = []
+        for row in rows:
+            of_row = [next(results) for _ in range(seeds * len(row.rates))]
+            for result in of_row:
+                append_json(json_path, dict(claim=title, row=row.name, **result))
+            holds.append(judge(row, of_row, seeds))
+        summary[title] = all(holds)
+        sys.stdout.flush()
+    print("9 why: the bag, the proof, the pulls (--theory)")
+    summary["9 why: the bag, the proof, the pulls (--theory)"] = theory(seed, device, json_path)
+    print()
+    for title, holds in summary.items():
+        print(f"{title:70}{'holds' if holds else 'FAILS'}")
+    return all(summary.values())
 
 
 # ---------------------------------------------------------------------------------------------
-# Theory: why labels do not teach attention to look near, and masked tokens do.
+# Theory, part b: why labels are at first blind to looking near, and masked tokens are not.
 #
-# In words. Attention starts out uniform. A label asks about a mean over places. If every place
-# shifts its gaze alike, each value is still counted once in the mean, so the mean does not move:
-# labels start out blind. A hidden token asks for itself, at its own place, before any mean, and its
-# neighbour knows something about it: there looking near soon pays. And a batch hides hundreds.
+# In words. Attention starts uniform. A label asks about an average over positions. Let every
+# position look a bit more to its right: then each token is looked at by its left neighbour
+# instead, each still counts once in the average, and the average does not move. So labels get no
+# hint. A masked token asks at its own position, before any average. Its neighbour tells something
+# about it, so there looking right pays. And one sequence asks for many masked tokens.
 #
-# Set-up. One attention layer, no residual, scores S (T, T) of positions only:
-#     A = softmax(S) by rows,  z_i = Σ_j A_ij v_j,  v_j the value of token j,  φ token by token,
-#     label logits Wᵀ mean_i φ(z_i),  logits of a hidden token i: Uᵀ φ(z_i).
-# "Every place alike" is a *circulant* direction Δ of the scores: Δ_ij depends on (j - i) mod T.
+# Set-up. One attention layer. Left out: the residual, the norm, and the part of the scores that
+# depends on tokens. S (T, T) are the scores, v_j is the value of token j, φ acts position by
+# position, W and U are the two heads:
+#     A = softmax(S) by rows,   z_i = Σ_j A_ij v_j,
+#     logits of the label Wᵀ mean_i φ(z_i),   logits of a masked token i Uᵀ φ(z_i).
+# A direction Δ of the scores is *circulant* if Δ_ij depends on (j - i) mod T alone: all positions
+# change their look alike.
 #
-# 1. φ linear: labels are blind along all circulant S. The rows of A sum to 1, and if S is
-#    circulant so do its columns: mean_i z_i = (1/T) Σ_j (Σ_i A_ij) v_j = mean_j v_j. S drops out.
-# 2. Any φ: labels are blind to first order at S = 0. There every z_i is the mean value v̄, and
-#    dA_ij = (Δ_ij - mean_k Δ_ik) / T has column sums 0 if Δ is circulant:
+# 1. If φ is linear, labels are blind to all circulant S. The rows of A sum to 1, and if S is
+#    circulant so do its columns:   mean_i z_i = (1/T) Σ_j (Σ_i A_ij) v_j = mean_j v_j.
+# 2. For any φ, labels are blind to first order at S = 0. There every z_i is the mean value v̄, and
+#    dA_ij = (Δ_ij - mean_k Δ_ik) / T has columns that sum to 0 if Δ is circulant:
 #        d mean_i φ(z_i) = φ'(v̄) (1/T) Σ_j (Σ_i dA_ij) v_j = 0.
-# 3. Masked tokens see. Along "look ℓ to the side", dz_i = (v_{i+ℓ} - v̄) / T, and with p the
-#    predicted distribution of a hidden token x_i, its loss pulls by
+# 3. Masked tokens are not blind. Along "look at offset ℓ", dz_i = (v_{i+ℓ} - v̄) / T. With p the
+#    prediction for a masked token x_i, its loss pulls by
 #        (1/T) E[(onehot(x_i) - p)ᵀ Uᵀ φ'(v̄) (v_{i+ℓ} - v̄)],
 #    in general not 0 when x_i and x_{i+ℓ} depend on each other.
 #
-# A pull is minus a derivative. Place i holds the mask symbol, so "look to the side" also means
-# "look less at a mask", which pays with any data. So the mean pull on places but i is taken off;
-# on shuffled tokens 0 is left on average.
+# What is proved is this and no more. Labels do see directions that are not alike everywhere, such
+# as one position that looks right alone, and with residuals they see a little of the others. That
+# they stay nearly blind for 600 steps is measured, in part c.
 # ---------------------------------------------------------------------------------------------
 def one_layer_losses(scores, tokens, labels, corrupted, is_masked, values, to_class, to_symbol,
                      phi=torch.tanh):
@@ -738,113 +999,318 @@ def one_layer_losses(scores, tokens, labels, corrupted, is_masked, values, to_cl
     values (V + 1, C); to_class W (C, K); to_symbol U (C, V).
     """
     weights = scores.softmax(dim=-1)                                      # (T, T)
-    pooled = phi(weights @ values[tokens]).mean(dim=1)                    # (n, C)
-    hidden = phi(weights @ values[corrupted])[is_masked]                  # (N, C)
-    return (F.cross_entropy(pooled @ to_class, labels),
-            F.cross_entropy(hidden @ to_symbol, tokens[is_masked]))
+    averaged = phi(weights @ values[tokens]).mean(dim=1)                  # (n, C)
+    masked = phi(weights @ values[corrupted])[is_masked]                  # (N, C)
+    label_loss = F.cross_entropy(averaged @ to_class, labels)             # ()
+    masked_loss = F.cross_entropy(masked @ to_symbol, tokens[is_masked])  # ()
+    return label_loss, masked_loss
 
 
-def proved(seed):
-    """Print the pulls in the one-layer set-up; returns whether they are as proved."""
-    T, V, C, pulls = 16, 8, 8, []
-    x, y = map(torch.from_numpy, tasks.proximity(n=2000, seq_len=T, vocab_size=V, seed=seed))
+def one_layer_pulls(seed):
+    """Pulls at uniform attention, for 20 random starts of one layer, in float64.
+
+    Returns those of labels by offset (20, T), of masked tokens by offset (20, T), and of labels on
+    one position that looks right alone (20,).
+    """
+    T = 32
+    V = 8
+    C = 8
+    x, y = tasks.proximity(n=2000, seq_len=T, vocab_size=V, seed=seed)
+    x = torch.from_numpy(x)                                               # (n, T)
+    y = torch.from_numpy(y)                                               # (n,)
     torch.manual_seed(seed)
-    shuffled = x.gather(1, torch.rand(x.shape).argsort(dim=1))            # (n, T)
+    by_labels = []
+    by_masks = []
+    alone = []
     for _ in range(20):
-        S = torch.zeros(T, T, dtype=torch.float64, requires_grad=True)    # (T, T)
-        v, W, U = (torch.randn(shape).double() for shape in ((V + 1, C), (C, 2), (C, V)))
-        losses = (*one_layer_losses(S, x, y, *mask_tokens(x, V, 0.3), v, W, U),
-                  one_layer_losses(S, shuffled, y, *mask_tokens(shuffled, V, 0.3), v, W, U)[1])
-        for loss in losses:
-            pull = -torch.autograd.grad(loss, S, retain_graph=True)[0]    # (T, T)
-            right, left = (by_offset(pull)[o] - by_offset(pull)[1:].mean() for o in (1, -1))
-            pulls += [right, right + left, T * (pull[0, 1] - pull[0, 1:].mean())]
-    rms = torch.stack(pulls).view(20, 3, 3).square().mean(dim=0).sqrt()   # (3, 3)
-    print("One layer, as proved: size of the pull, root mean square over 20 random starts\n"
-          f"{'':32}by labels       by masked tokens  shuffled")
-    names = "all places look right", "all places look both ways", "one place alone looks right"
-    for name, pull in zip(names, rms.T):
-        print("  {:30}{:<16.0e}{:<18.1e}{:.1e}".format(name, *pull.tolist()))
-    return verdict("labels < 1e-12 where all places move alike and masked > 3 * shuffled",
-                   rms[0, :2].max() < 1e-12 < 1e-6 < rms[0, 2] and rms[1, 1] > 3 * rms[2, 1])
+        scores = torch.zeros(T, T, dtype=torch.float64, requires_grad=True)
+        values = torch.randn(V + 1, C).double()
+        to_class = torch.randn(C, 2).double()
+        to_symbol = torch.randn(C, V).double()
+        corrupted, is_masked = mask_tokens(x, V, 0.3)                     # (n, T)
+        label, masked = one_layer_losses(
+            scores, x, y, corrupted, is_masked, values, to_class, to_symbol)
+        label_pull = -torch.autograd.grad(label, scores, retain_graph=True)[0]   # (T, T)
+        masked_pull = -torch.autograd.grad(masked, scores)[0]             # (T, T)
+        by_labels.append(by_offset(label_pull))                           # (T,)
+        by_masks.append(by_offset(masked_pull))                           # (T,)
+        # T times, as if all positions did the same.
+        alone.append(T * label_pull[0, 1])                                # ()
+    by_labels = torch.stack(by_labels)                                    # (20, T)
+    by_masks = torch.stack(by_masks)                                      # (20, T)
+    # At offset 0 a masked position sees only the mask, so looking elsewhere pays with any data.
+    by_labels = by_labels - by_labels[:, 1:].mean(dim=1, keepdim=True)    # (20, T)
+    by_masks = by_masks - by_masks[:, 1:].mean(dim=1, keepdim=True)       # (20, T)
+    return by_labels, by_masks, torch.stack(alone)
 
 
-def theory(config):
-    """Why: what is proved, and what happens in training. Returns whether all of it holds."""
-    blind = proved(config.seed)
-    config, (x, y, x_test, _) = load_data(config)                         # (n, T), (n,)
-    common = dict(batch_size=config.batch_size, seed=config.seed)
-    masking = dict(mask_id=config.vocab_size, mask_ratio=config.mask_ratio)
-    before, after = config.pretrain_steps, config.finetune_steps
-    alone, masks, sides = {}, {}, {}    # {step: what is seen after it}
+def root_mean_square(x):
+    return x.square().mean(dim=0).sqrt()
 
-    def see(found, steps):
-        def on_step(step):
-            if step in (0, 25, 50, 100, 150, 200, steps):
-                found[step] = look(model, x_test[:64]) | neighbour_pulls(
-                    model, x[:256], y[:256], seed=config.seed, **masking)
-        on_step(0)
-        return on_step
-    model = new_model(config, y, config.seed)
-    finetune(model, x, y, steps=before + after, lr=config.lr, on_step=see(alone, before), **common)
-    model = new_model(config, y, config.seed)
-    pretrain(model, x, steps=before, lr=config.pretrain_lr, on_step=see(masks, before),
-             **masking, **common)
-    finetune(model, x, y, steps=after, lr=config.lr, on_step=see(sides, after), **common)
-    stages = {"labels only": alone, "SPT: masked tokens": masks, "SPT: then labels": sides}
-    append_json(config.json, dict(row="theory", stages=stages, config=asdict(config)))
-    print("Measured in the full model: pulls x 1000 ± standard error over batches\n"
-          "     on both neighbours by        to the right:  each head's attention\n"
-          "step masked tokens labels         by labels      at offsets -1, 0, +1")
-    for title, found in stages.items():
-        print(title)
-        for step, seen in found.items():
-            pulls = ("{:.2f} ± {:.2f}".format(*(1e3 * part for part in seen[name]))
-                     for name in ("masked near", "labels near", "labels side"))
-            print("{:4} {:14}{:15}{:15}".format(step, *pulls)
-                  + "  ".join(map(attention_text, seen["heads"])))
-    weak = max(abs(seen["labels " + to][0]) for seen in alone.values() for to in ("near", "side"))
-    (pull, error), (label, _) = masks[before]["masked near"], masks[before]["labels near"]
-    return all([
-        blind,
-        verdict("masks teach near: when they end, masked > 20 * labels and masked > 10 * error",
-                pull > 20 * abs(label) and pull > 10 * error),
-        verdict("labels alone do not: at all steps, either pull < that / 100", weak < pull / 100),
-        verdict("labels choose the side: |right - left| < 0.05 before and > 0.1 after them",
-                sides[0]["side"] < 0.05 and sides[after]["side"] > 0.1)])
+
+def show_bag(seed, device):
+    """Part a: with attention held uniform, masks still learn a little, and labels nothing."""
+    print("(a) The bag. Attention is held uniform, so the model sees an average of all tokens.")
+    uniform = recipe(start="uniform", freeze_qk=True, seed=seed, device=device)
+    masked, _ = run(replace(uniform, spt=True))
+    labels, _ = run(uniform)
+    loss = masked["test_masked_loss"]
+    knows_nothing = masked["frequency_loss"]
+    print("  A masked token's neighbours are in the average, so masks have a hint.")
+    hint = verdict(f"masked loss on test {loss:.3f}, at least 0.004 below {knows_nothing:.3f}, that "
+                   "of token\n    frequencies", loss < knows_nothing - 0.004)
+    print("  The label is not in the average.")
+    blind = verdict(f"test accuracy of labels {labels['test']:.3f} (at most 0.60)",
+                    labels["test"] <= 0.60)
+    return hint and blind
+
+
+def show_proof(seed):
+    """Part b: the pulls in the one-layer set-up are as proved."""
+    print("\n(b) The proof in numbers. One layer, uniform attention, float64: size of the pull on\n"
+          "all positions alike, by offset (root mean square over 20 random starts).")
+    by_labels, by_masks, alone = one_layer_pulls(seed)
+    print(f"  {'offset':20}{1:<11}{2:<11}{4:<11}{8:<11}")
+    for name, pulls in (("labels", by_labels), ("masked tokens", by_masks)):
+        sizes = root_mean_square(pulls)                                   # (T,)
+        print(f"  {name:20}{sizes[1]:<11.1e}{sizes[2]:<11.1e}{sizes[4]:<11.1e}{sizes[8]:<11.1e}")
+    largest = by_labels.abs().max()
+    blind = verdict("labels are blind: all below 1e-12", largest < 1e-12)
+    sizes = root_mean_square(by_masks)
+    near = verdict("masked tokens ask for neighbours: offset 1 above twice offset 8",
+                   sizes[1] > 2 * sizes[8] and sizes[1] > 1e-4)
+    one = root_mean_square(alone)
+    sees = verdict(f"labels are not blind to one position that looks right alone: {one:.1e}",
+                   one > 1e-6)
+    return blind and near and sees
+
+
+def neighbour_pulls(model, loss, batches):
+    """Pull at offsets -1 and +1 x 1000: mean (2,) and standard deviation (2,) over batches."""
+    pulls = []
+    for batch in batches:
+        pull = 1000 * attention_pull(model, loss, *batch)                 # (T,)
+        pulls.append(torch.stack([pull[-1], pull[1]]))                    # (2,)
+    pulls = torch.stack(pulls)                                            # (batches, 2)
+    return pulls.mean(dim=0).tolist(), pulls.std(dim=0).tolist()
+
+
+PULL_STEPS = (0, 25, 50, 100, 150, 200, 400)
+
+
+def pulls_while_training(config):
+    """Pulls of the loss that is trained on, and where heads look, at PULL_STEPS; list of dicts.
+
+    With `config.spt` of masked tokens in pretraining, else of labels in supervised training. The
+    pulls are measured on 512 test sequences, in batches of 32.
+    """
+    config, (x, y, x_test, y_test) = load_data(config)                    # (n, T), (n,) twice
+    model = new_model(config, 2, config.seed)
+    training = dict(batch_size=config.batch_size, seed=config.seed, progress=False)
+    batches = []
+    generator = torch.Generator().manual_seed(config.seed)
+    for tokens, labels in zip(x_test[:512].split(32), y_test[:512].split(32)):
+        if config.spt:
+            corrupted, is_masked = mask_tokens(
+                tokens, config.vocab_size, config.mask_ratio, generator)  # (B, T)
+            batches.append((tokens, corrupted, is_masked))
+        else:
+            batches.append((tokens, labels))
+    loss = masked_loss if config.spt else label_loss
+    found = []
+
+    def measure(step):
+        if step in PULL_STEPS:
+            pull, deviation = neighbour_pulls(model, loss, batches)
+            looks = on_neighbours(look(model, x_test[:64]))
+            found.append(dict(step=step, pull=pull, deviation=deviation, on_neighbours=looks))
+
+    measure(0)
+    if config.spt:
+        pretrain(model, x, mask_id=config.vocab_size, mask_ratio=config.mask_ratio,
+                 steps=config.pretrain_steps, lr=config.pretrain_lr, on_step=measure, **training)
+    else:
+        finetune(model, x, y, steps=config.pretrain_steps + config.finetune_steps, lr=config.lr,
+                 on_step=measure, **training)
+    return found
+
+
+def show_pulls(seed, device, json_path):
+    """Part c: in the full model the masks' pull takes off, and that of labels fades."""
+    config = recipe(seed=seed, device=device)
+    masks = pulls_while_training(replace(config, spt=True))
+    labels = pulls_while_training(config)
+    append_json(json_path, dict(row="theory", masks=masks, labels=labels, config=asdict(config)))
+    print("\n(c) The pulls while training, in the full model: x 1000, ± standard deviation over\n"
+          "batches of 32; and attention on neighbours (uniform: 0.03).")
+    print(f"      {'pretraining on masked tokens':36}{'supervised training, labels alone'}")
+    columns = f"{'at -1':14}{'at +1':14}{'looks':8}"
+    print(f"step  {columns}{columns}".rstrip())
+    for m, l in zip(masks, labels):
+        line = f"{m['step']:<6}"
+        for seen in (m, l):
+            for pull, deviation in zip(seen["pull"], seen["deviation"]):
+                line += f"{f'{pull:.2f} ± {deviation:.2f}':14}"
+            line += f"{seen['on_neighbours']:<8.2f}"
+        print(line.rstrip())
+    peak = max(min(seen["pull"]) for seen in masks)
+    largest = max(abs(pull) for seen in labels for pull in seen["pull"])
+    grows = verdict(f"masks pull to both neighbours: at the peak, the smaller pull is {peak:.1f} "
+                    "(above 5)", peak > 5)
+    fades = verdict(f"labels alone do not: no pull is larger than {largest:.2f} (at most 0.20)",
+                    largest <= 0.20)
+    return grows and fades
+
+
+def theory(seed, device, json_path):
+    """Why: the bag, the proof in numbers, the pulls while training. Returns whether all hold."""
+    bag = show_bag(seed, device)
+    proof = show_proof(seed)
+    pulls = show_pulls(seed, device, json_path)
+    return bag and proof and pulls
 
 
 # ---------------------------------------------------------------------------------------------
-# The command line. What is wrong with flags and files is said in argparse's own way, with exit
-# status 2, before anything is written.
+# The command line. What is wrong with flags and files is said in one line, with exit status 2, and
+# wherever it can be known before training begins.
 # ---------------------------------------------------------------------------------------------
-def main(argv=None):
-    """Run the command line; returns 0, or 1 if a claim does not hold. Bad input exits with 2."""
+RUN_FLAGS = {f.name for f in fields(Config)}
+FLAGS_OF_MODE = {
+    "single": RUN_FLAGS | {"json", "save"},
+    "compare": RUN_FLAGS - {"spt", "start", "transfer"} | {"seeds", "jobs", "json"},
+    "reproduce": {"seed", "seeds", "jobs", "device", "json"},
+    "theory": {"seed", "device", "json"},
+}
+
+
+def make_parser():
+    """The flags: one for each field of Config, and those that belong to no single run."""
     parser = argparse.ArgumentParser(
-        prog="spt.py", description=__doc__.split("\n\n")[1], argument_default=argparse.SUPPRESS,
+        prog="spt.py", description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS,
         usage="spt.py [--task TASK] [--spt | --compare | --reproduce | --theory] [flags]")
-    for f in fields(Config):
-        kind = (dict(action="store_true") if f.type is bool else
-                dict(type=f.type, choices=f.metadata["choices"]))
-        parser.add_argument("--" + f.name.replace("_", "-"), **kind,
-                            help=f"{f.metadata['help']} (default {f.default})")
     for mode in (compare, reproduce, theory):
-        parser.add_argument("--" + mode.__name__, dest="mode", action="store_const", const=mode,
-                            help=mode.__doc__.split(".")[0])
+        parser.add_argument("--" + mode.__name__, dest="mode", action="append_const",
+                            const=mode.__name__, help=mode.__doc__.split("\n")[0])
+    for f in fields(Config):
+        help = f"{f.metadata['help']} (default {f.default})"
+        if f.type is bool:
+            parser.add_argument(flag_of(f.name), action="store_true", help=f.metadata["help"])
+        else:
+            parser.add_argument(flag_of(f.name), type=f.type, help=help,
+                                choices=f.metadata["choices"])
+    parser.add_argument("--seeds", type=int, help="number of seeds, from --seed up, of --compare "
+                        "and --reproduce (default 3)")
+    parser.add_argument("--jobs", type=int, help="processes for --compare and --reproduce "
+                        "(default one for each core; 1 on a GPU)")
+    parser.add_argument("--json", help="file to append results to, one JSON object a line")
+    parser.add_argument("--save", help="file for the weights of a single run")
+    return parser
+
+
+def check_flags(mode, given):
+    """Raise ValueError for a flag that would be ignored beside the others."""
+    refused = {}    # {flag: why}
+    if mode == "single" and not given.get("spt"):
+        for name in ("mask_ratio", "pretrain_lr", "transfer"):
+            refused[name] = "needs --spt"
+    if given.get("task") == "text" or "text" in given:
+        refused["signal"] = "cannot go with --task text"
+        if given.get("task", "text") != "text":
+            refused["task"] = f"cannot be {given['task']} with --text"
+    if "data" in given:
+        for name in ("task", "text", "n_train", "n_test", "seq_len", "vocab_size", "signal"):
+            refused[name] = "cannot go with --data, which settles it"
+    elif given.get("task") == "data":
+        refused["task"] = "data needs --data FILE"
+    for name in given:
+        if name not in FLAGS_OF_MODE[mode]:
+            refused[name] = f"cannot go with --{mode}" if mode != "single" else (
+                "needs --compare or --reproduce")
+        if name in refused:
+            raise ValueError(f"{flag_of(name)}: {refused[name]}")
+
+
+def check_files(given):
+    """Raise ValueError for a device, count or file that cannot be used."""
+    device = given.get("device", "cpu")
+    available = dict(cpu=True, cuda=torch.cuda.is_available(),
+                     mps=torch.backends.mps.is_available())
+    if not available.get(device, True):
+        raise ValueError(f"--device {device}: not on this machine")
+    for name in ("seeds", "jobs"):
+        if given.get(name, 1) < 1:
+            raise ValueError(f"--{name} {given[name]}: must be 1 or more")
+    if device != "cpu" and given.get("jobs", 1) > 1:
+        raise ValueError(f"--jobs {given['jobs']}: must be 1 with --device {device}")
+    for name in ("text", "data"):
+        if name in given and not os.path.isfile(given[name]):
+            raise ValueError(f"--{name} {given[name]}: no such file")
+    for name in ("json", "save"):
+        if name in given:
+            check_output(name, given[name])
+
+
+def check_output(name, path):
+    """Raise ValueError for a file that cannot be written."""
+    folder = os.path.dirname(path) or "."
+    if os.path.isdir(path) or not os.path.isdir(folder):
+        raise ValueError(f"--{name} {path}: must be a file in a folder that exists")
+    target = path if os.path.exists(path) else folder
+    if not os.access(target, os.W_OK):
+        raise ValueError(f"--{name} {path}: cannot be written")
+
+
+def main(argv=None):
+    """Run the command line. Returns the exit status: 0, or 1 if a claim does not hold, 2 for a
+    file that cannot be written, 130 for Ctrl-C. Bad input exits with 2."""
+    parser = make_parser()
     given = vars(parser.parse_args(argv))
-    torch.set_num_threads(1)    # at this size two threads only wait for each other
+    modes = given.pop("mode", ["single"])
+    torch.set_num_threads(1)    # at this size two threads would only wait for each other
     try:
-        mode, config = given.pop("mode", single), recipe(**given)
-        if config.device != "cpu" and not getattr(torch, config.device).is_available():
-            raise ValueError(f"--device {config.device}: not on this machine")
-        for path in filter(None, (config.json, config.save)):
-            if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
-                raise ValueError(f"{path}: must be a file in a folder that exists")
-        # A mode that gives a verdict returns it.
-        return 1 if mode(config) is False else 0
+        if len(modes) > 1:
+            raise ValueError(f"--{modes[0]}, --{modes[1]}: one at a time")
+        check_flags(modes[0], given)
+        check_files(given)
+        settings = {name: value for name, value in given.items() if name in RUN_FLAGS}
+        config = recipe(**settings)
+        # Whatever is wrong with the data or the widths is found here, before training.
+        sizes, _ = load_data(config)
+        new_model(sizes, 2, config.seed)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    jobs = given.get("jobs", os.cpu_count() if config.device == "cpu" else 1)
+    return run_mode(modes[0], config, given.get("seeds", 3), jobs, given.get("json"),
+                    given.get("save"))
+
+
+def run_mode(mode, config, seeds, jobs, json_path, save_path):
+    """Run one mode of the command line; returns the exit status."""
+    holds = True
+    try:
+        if mode == "single":
+            single(config, json_path, save_path)
+        elif mode == "compare":
+            compare(config, seeds, jobs, json_path)
+        elif mode == "reproduce":
+            holds = reproduce(config.seed, seeds, jobs, config.device, json_path)
+        else:
+            holds = theory(config.seed, config.device, json_path)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("spt.py: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read the output has left, as `| head` does. What is still unprinted goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (OutputError, OSError) as error:
+        print(f"spt.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0 if holds else 1
 
 
 if __name__ == "__main__":
+    # A terminal that lacks a character such as ± gets a question mark, not an error.
+    sys.stdout.reconfigure(errors="replace")
     sys.exit(main())

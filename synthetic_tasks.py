@@ -5,10 +5,11 @@
     texture    a square image, flattened: is it correlated along rows or along columns?
     bag        the control: the label is in the token counts, and order means nothing
 
-Every generator returns `tokens` (n, T) int64 in [0, V) and `labels` (n,) int64, classes balanced,
-and is its own complete recipe, so that it can be copied alone. Letters in shape comments: n
-sequences, T tokens in each, V symbols, K classes.
+Every generator returns `tokens` (n, T) int64 in [0, V) and `labels` (n,) int64 with balanced
+classes. Each is complete in itself, so that it can be copied alone. Letters in shape comments:
+n sequences, T tokens in each, V symbols, K classes.
 """
+import zipfile
 from math import isqrt
 from pathlib import Path
 
@@ -17,16 +18,21 @@ import numpy as np
 TASKS = ("proximity", "text", "texture", "bag")
 
 
+# ---------------------------------------------------------------------------------------------
+# The tasks
+# ---------------------------------------------------------------------------------------------
 def proximity(*, n, seq_len, vocab_size, signal=0.5, seed=0):
-    """The arrow of time: each token is the previous one, one symbol up or down.
+    """The arrow of time: each token is the previous one, one symbol up or down, or a random one.
 
-    x_t = x_{t-1} + s (mod V) with probability `signal`, else uniform on V symbols; s = +1 in
-    class 1, s = -1 in class 0. Three exact properties make it the headline task:
+        class 1, V = 8:  2 3 4 0 1 2 5 6 ...   steps of +1, between random tokens
+        class 0, V = 8:  6 5 4 1 0 7 2 1 ...   steps of -1 (0 is followed by 7)
+
+    A token follows its class's rule with probability `signal`; otherwise it is uniform on the V
+    symbols. Three exact properties make this the headline task:
       * token counts say nothing: every token is uniform, in both classes;
-      * reversal swaps the classes, so a classifier that ignores order, or knows only distances
-        |i - j|, is right half the time;
+      * reversal swaps the classes, so a classifier that ignores order is right half the time;
       * the best possible classifier is known: it counts steps up minus steps down.
-    `seed`: anything np.random.default_rng takes. Raises ValueError where vocab_size < 3: then a
+    `seed` is anything np.random.default_rng takes. Raises ValueError where vocab_size < 3: then a
     step up is a step down.
     """
     if vocab_size < 3:
@@ -35,8 +41,9 @@ def proximity(*, n, seq_len, vocab_size, signal=0.5, seed=0):
     labels = rng.permutation(n) % 2                                   # (n,), balanced classes
     tokens = rng.integers(vocab_size, size=(n, seq_len))              # (n, T), the uniform part
     follows = rng.random((n, seq_len)) < signal                       # (n, T)
+    step = 2 * labels - 1                                             # (n,), +1 or -1
     for t in range(1, seq_len):
-        stepped = (tokens[:, t - 1] + 2 * labels - 1) % vocab_size    # (n,)
+        stepped = (tokens[:, t - 1] + step) % vocab_size              # (n,)
         tokens[:, t] = np.where(follows[:, t], stepped, tokens[:, t])
     return tokens, labels
 
@@ -45,8 +52,8 @@ def texture(*, n, seq_len, vocab_size, signal=0.6, seed=0):
     """Proximity in two dimensions: a side x side image, T = side², flattened row by row.
 
     Each pixel copies its left neighbour (class 0) or its upper neighbour (class 1) with
-    probability `signal`, else it is uniform. In the flat sequence these stand at offsets -1 and
-    -side. Raises ValueError where seq_len is no square.
+    probability `signal`; otherwise it is uniform. In the flat sequence these neighbours stand at
+    offsets -1 and -side. Raises ValueError where seq_len is not a square.
     """
     side = isqrt(seq_len)
     if side * side != seq_len:
@@ -55,10 +62,12 @@ def texture(*, n, seq_len, vocab_size, signal=0.6, seed=0):
     labels = rng.permutation(n) % 2                                   # (n,), balanced classes
     image = rng.integers(vocab_size, size=(n, side, side))            # (n, side, side)
     follows = rng.random((n, side, side)) < signal                    # (n, side, side)
-    # Build every image row by row, then turn class 0 on its side.
+    # Every pixel may copy its upper neighbour, row by row from the top.
     for row in range(1, side):
         image[:, row] = np.where(follows[:, row], image[:, row - 1], image[:, row])
-    image = np.where(labels[:, None, None] == 1, image, image.swapaxes(1, 2))
+    # An image of class 0 is turned on its side: upper neighbours become left ones.
+    on_its_side = image.swapaxes(1, 2)                                # (n, side, side)
+    image = np.where(labels[:, None, None] == 1, image, on_its_side)  # (n, side, side)
     return image.reshape(n, seq_len), labels
 
 
@@ -66,60 +75,96 @@ def bag(*, n, seq_len, vocab_size, signal=0.2, seed=0):
     """The control: class 1 prefers the upper half of the symbols, class 0 the lower half.
 
     A token is drawn from its class's preferred half with probability `signal`, else from all
-    symbols, each on its own: order carries nothing. Raises ValueError where vocab_size is odd.
+    symbols. Each is drawn on its own: order carries nothing. Raises ValueError where vocab_size
+    is odd.
     """
-    if vocab_size % 2:
+    if vocab_size % 2 == 1:
         raise ValueError(f"vocab_size {vocab_size}: bag needs an even number of symbols")
     rng = np.random.default_rng(seed)
     half = vocab_size // 2
     labels = rng.permutation(n) % 2                                   # (n,), balanced classes
     anywhere = rng.integers(vocab_size, size=(n, seq_len))            # (n, T)
-    preferred = rng.integers(half, size=(n, seq_len)) + half * labels[:, None]  # (n, T)
-    return np.where(rng.random((n, seq_len)) < signal, preferred, anywhere), labels
+    preferred = rng.integers(half, size=(n, seq_len))                 # (n, T), the lower half
+    preferred = preferred + half * labels[:, None]                    # (n, T)
+    follows = rng.random((n, seq_len)) < signal                       # (n, T)
+    return np.where(follows, preferred, anywhere), labels
 
 
 def text(*, n_train, n_test, seq_len, vocab_size, path=None, seed=0):
     """Real English, half of the windows printed backwards: label 1 reads forwards, 0 backwards.
 
-    The text is the UTF-8 file `path`; by default Python's own manual (`pydoc_data.topics`, which
-    ships with CPython and differs a little between versions), lower-cased, white space folded. Its
-    last fifth is the test part. Windows of `seq_len` characters never overlap; test windows that
-    share seq_len / 2 characters in a row with the training part are left out, as manuals repeat
-    themselves. The `vocab_size - 1` most frequent characters of the training part are symbols of
-    their own; all others share the last one. Reversal keeps every character count.
+    The text is the UTF-8 file `path`. The default is Python's own manual (`pydoc_data.topics`,
+    which ships with CPython and differs a little between versions). It is lower-cased and its
+    white space folded. Windows of `seq_len` characters never overlap. Those of the last fifth are
+    the test part, but for windows that share half their characters in a row with the training
+    part: manuals repeat themselves. The `vocab_size - 1` most frequent characters of the training
+    part are symbols of their own; all others share the last one.
 
     Returns train tokens, train labels, test tokens and test labels; n is `n_train` and `n_test`,
-    or as many windows as the text holds. Raises OSError for a file that cannot be read, ValueError
-    for one that is not UTF-8 text or leaves fewer than 10 windows to a part.
+    or as many windows as the text holds. Raises OSError for a file that cannot be read, and
+    ValueError for one that is not UTF-8 or leaves fewer than 10 windows to a part.
     """
-    from pydoc_data.topics import topics
-    manual = " ".join(topics[name] for name in sorted(topics))
-    try:
-        raw = manual if path is None else Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"text {path}: not UTF-8 text") from None
-    raw = " ".join(raw.lower().split())                               # white space folded
-    cut, half = len(raw) * 4 // 5, seq_len // 2
-    characters, counts = np.unique(list(raw[:cut]), return_counts=True)
-    frequent = characters[np.argsort(-counts, kind="stable")][:vocab_size - 1]  # (V - 1,)
-    symbol = {character: s for s, character in enumerate(frequent.tolist())}
-    # Rare characters share the last symbol.
-    points = np.array([symbol.get(character, vocab_size - 1) for character in raw])
-    known = {raw[i:i + half] for i in range(cut - half + 1)}          # all training passages
-    # Windows of the training part, then those of the test part.
-    starts = [range(0, cut - seq_len + 1, seq_len),
-              [start for start in range(cut, len(raw) - seq_len + 1, seq_len)
-               if known.isdisjoint(raw[start + i:start + i + half] for i in range(half + 1))]]
-    parts = []
-    for stream, (start, n) in enumerate(zip(starts, (n_train, n_test))):
-        if len(start) < 10:
-            raise ValueError(f"text {path}: {len(start)} windows of {seq_len} characters, needs 10")
-        rng = np.random.default_rng([seed, stream])
-        chosen = np.array(start)[rng.permutation(len(start))[:n]]     # (n,)
-        windows = points[chosen[:, None] + np.arange(seq_len)]        # (n, T)
-        labels = rng.permutation(len(windows)) % 2                    # (n,), balanced classes
-        parts += [np.where(labels[:, None] == 1, windows, windows[:, ::-1]), labels]
-    return tuple(parts)
+    characters = read_text(path)
+    cut = len(characters) * 4 // 5    # where the test part begins
+    symbols = text_symbols(characters, cut, vocab_size)               # (characters,)
+    train_starts = list(range(0, cut - seq_len + 1, seq_len))
+    test_starts = list(range(cut, len(characters) - seq_len + 1, seq_len))
+    if len(train_starts) >= 10:
+        test_starts = unseen_windows(characters, cut, test_starts, seq_len)
+    for starts in (train_starts, test_starts):
+        if len(starts) < 10:
+            raise ValueError(f"text {path or 'of the manual'}: {len(starts)} windows of {seq_len} "
+                             "characters in a part, needs 10: a longer text or shorter windows")
+    train = text_windows(symbols, train_starts, n_train, seq_len, [seed, 0])
+    test = text_windows(symbols, test_starts, n_test, seq_len, [seed, 1])
+    return (*train, *test)
+
+
+def read_text(path):
+    """The text of a UTF-8 file, or of Python's manual, in lower case with white space folded."""
+    if path is None:
+        from pydoc_data.topics import topics
+        raw = " ".join(topics[name] for name in sorted(topics))
+    else:
+        try:
+            raw = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"text {path}: not UTF-8 text") from None
+    return " ".join(raw.lower().split())
+
+
+def text_symbols(characters, cut, vocab_size):
+    """Every character as a symbol, (characters,): 0 is the most frequent one before `cut`."""
+    found, counts = np.unique(list(characters[:cut]), return_counts=True)
+    by_frequency = found[np.argsort(-counts, kind="stable")]
+    symbol = {}
+    for character in by_frequency[:vocab_size - 1].tolist():
+        symbol[character] = len(symbol)
+    rare = vocab_size - 1
+    return np.array([symbol.get(character, rare) for character in characters])
+
+
+def unseen_windows(characters, cut, starts, seq_len):
+    """Those of the windows at `starts` that share no half window with the text before `cut`."""
+    half = seq_len // 2
+    # A hash stands for a passage: the passages themselves would fill the memory.
+    seen = {hash(characters[i:i + half]) for i in range(cut - half + 1)}
+    unseen = []
+    for start in starts:
+        passages = range(start, start + seq_len - half + 1)
+        if not any(hash(characters[i:i + half]) in seen for i in passages):
+            unseen.append(start)
+    return unseen
+
+
+def text_windows(symbols, starts, n, seq_len, seed):
+    """At most n windows (n, T) at random ones of `starts`, and their labels (n,): 0 is reversed."""
+    rng = np.random.default_rng(seed)
+    chosen = rng.permutation(starts)[:n]                              # (n,)
+    windows = symbols[chosen[:, None] + np.arange(seq_len)]           # (n, T)
+    labels = rng.permutation(len(windows)) % 2                        # (n,), balanced classes
+    tokens = np.where(labels[:, None] == 1, windows, windows[:, ::-1])  # (n, T)
+    return tokens, labels
 
 
 def make_task(name, *, n_train, n_test, seq_len, vocab_size, signal=0.5, path=None, seed=0):
@@ -130,42 +175,117 @@ def make_task(name, *, n_train, n_test, seq_len, vocab_size, signal=0.5, path=No
     sizes = dict(seq_len=seq_len, vocab_size=vocab_size)
     if name == "text":
         return text(n_train=n_train, n_test=n_test, path=path, seed=seed, **sizes)
-    draw = {"proximity": proximity, "texture": texture, "bag": bag}[name]
-    return (*draw(n=n_train, signal=signal, seed=[seed, 0], **sizes),
-            *draw(n=n_test, signal=signal, seed=[seed, 1], **sizes))
+    generators = dict(proximity=proximity, texture=texture, bag=bag)
+    generate = generators[name]
+    train = generate(n=n_train, signal=signal, seed=[seed, 0], **sizes)
+    test = generate(n=n_test, signal=signal, seed=[seed, 1], **sizes)
+    return (*train, *test)
 
 
+# ---------------------------------------------------------------------------------------------
+# Your own sequences
+# ---------------------------------------------------------------------------------------------
 def from_file(path, seed=0):
-    """Your own sequences: an .npz with integers `tokens` (n, T) from 0 up and `labels` (n,).
+    """Your own sequences: an .npz file with `tokens` (n, T) and `labels` (n,).
 
-    Labels are integers or names. `test_tokens` and `test_labels` are used where the file has them;
-    otherwise a random fifth is the test part. Returns train tokens and labels, test tokens and
-    labels, int64, labels as 0 ... K - 1. Raises ValueError. Nothing in the file is ever
-    executed (allow_pickle=False).
+        np.savez("mine.npz", tokens=tokens, labels=labels)
+
+    Tokens are integers of any value, booleans or characters. They become symbols 0 ... V - 1 by
+    np.unique of the training part; a test token never seen there becomes V, the mask symbol.
+    Labels are integers, booleans, names or whole floats, and become classes 0 ... K - 1 likewise.
+    The test part is `test_tokens` and `test_labels` where the file has them, else a random fifth.
+
+    Returns train tokens, train labels, test tokens and test labels, int64. Raises ValueError,
+    which names the array, what it is and what is needed. Nothing in the file is ever executed.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            parts = [(file[kind + "tokens"], file[kind + "labels"]) for kind in ("", "test_")
-                     if kind == "" or {"test_tokens", "test_labels"} & set(file)]
-    except Exception as error:    # numpy, zipfile and zlib raise a dozen kinds on a damaged file
-        raise ValueError(f"data {path}: {error}; must be an .npz of tokens and labels, with "
-                         "test_tokens and test_labels or not; objects need .astype(str)") from None
-    for x, y in parts:
-        fits = (x.ndim == 2 and x.size > 0 and x.dtype.kind in "iu" and x.min() >= 0
-                and x.shape[1] == parts[0][0].shape[1])
-        if not fits or y.shape != x.shape[:1] or y.dtype.kind not in "iuU":
-            raise ValueError(f"data {path}: needs tokens (n, T), integers from 0 up, one T, labels "
-                             f"(n,), integers, names; has {x.dtype} {x.shape}, {y.dtype} {y.shape}")
-    # A random fifth becomes the test.
-    if len(parts) == 1:
-        order = np.random.default_rng(seed).permutation(len(x))       # (n,)
-        parts = [(x[rows], y[rows]) for rows in np.split(order, [len(x) - max(1, len(x) // 5)])]
-    (x, y), (x_test, y_test) = parts                                  # (n, T), (n,) twice
-    names = np.unique(y)                                              # (K,), sorted
-    if len(names) < 2 or not np.isin(y_test, names).all():
-        raise ValueError(f"data {path}: the training part needs 2 classes, and all of the test's")
-    return (x.astype(np.int64), np.searchsorted(names, y),
-            x_test.astype(np.int64), np.searchsorted(names, y_test))
+    arrays = read_arrays(path)
+    tokens = check_tokens(path, "tokens", arrays)
+    labels = check_labels(path, "labels", arrays, len(tokens))
+    if "test_tokens" in arrays or "test_labels" in arrays:
+        test_tokens = check_tokens(path, "test_tokens", arrays)
+        test_labels = check_labels(path, "test_labels", arrays, len(test_tokens))
+    else:
+        order = np.random.default_rng(seed).permutation(len(tokens))  # (n,)
+        n_test = max(1, len(tokens) // 5)
+        test, train = order[:n_test], order[n_test:]
+        tokens, test_tokens = tokens[train], tokens[test]
+        labels, test_labels = labels[train], labels[test]
+    for train, test in ((tokens, test_tokens), (labels, test_labels)):
+        if (train.dtype.kind in "US") != (test.dtype.kind in "US"):
+            raise ValueError(f"data {path}: {train.dtype} for training, {test.dtype} for the test")
+    if test_tokens.shape[1] != tokens.shape[1]:
+        raise ValueError(f"data {path}: training sequences have {tokens.shape[1]} tokens, test "
+                         f"sequences {test_tokens.shape[1]}; all need one length")
+    symbols = np.unique(tokens)                                       # (V,), sorted
+    classes = np.unique(labels)                                       # (K,), sorted
+    if len(classes) < 2:
+        raise ValueError(f"data {path}: the training part has one class, {classes}; needs two")
+    if not np.isin(test_labels, classes).all():
+        raise ValueError(f"data {path}: the test part has classes that training has not")
+    return (index_in(symbols, tokens), index_in(classes, labels),
+            index_in(symbols, test_tokens), index_in(classes, test_labels))
+
+
+def read_arrays(path):
+    """The arrays of an .npz file by name. Raises ValueError, or OSError if it cannot be opened."""
+    how = "needs an .npz: np.savez('mine.npz', tokens=tokens, labels=labels)"
+    with open(path, "rb") as file:
+        start = file.read(6)
+    if start == b"\x93NUMPY":
+        raise ValueError(f"data {path}: a single array (.npy); {how}")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"data {path}: not an .npz file, or a damaged one; {how}")
+    arrays = {}
+    with np.load(path, allow_pickle=False) as file:
+        for name in ("tokens", "labels", "test_tokens", "test_labels"):
+            if name not in file:
+                continue
+            try:
+                arrays[name] = file[name]
+            except ValueError:    # what numpy says of objects, which could execute anything
+                raise ValueError(f"data {path}: {name} is an array of objects, as rows of unequal "
+                                 "length make; needs one length, and integers, booleans or "
+                                 "characters") from None
+            except Exception as error:    # zipfile, zlib and numpy raise many kinds
+                raise ValueError(f"data {path}: {name} cannot be read, {error}") from None
+    return arrays
+
+
+def check_tokens(path, name, arrays):
+    """The array `name`, (n, T), if it can be tokens; otherwise ValueError says why not."""
+    if name not in arrays:
+        raise ValueError(f"data {path}: has no {name}; needs {name} (n, T), one row a sequence")
+    tokens = arrays[name]
+    found = f"data {path}: {name} is {tokens.dtype} {tokens.shape}"
+    if tokens.dtype.kind == "f":
+        raise ValueError(f"{found}; tokens must be discrete: cut values into levels with "
+                         "np.digitize(values, np.quantile(values, np.arange(1, 16) / 16))")
+    if tokens.dtype.kind not in "iubUS":
+        raise ValueError(f"{found}; needs integers, booleans or characters")
+    if tokens.ndim != 2 or len(tokens) < 2 or tokens.shape[1] < 3:
+        raise ValueError(f"{found}; needs (n, T) with 2 sequences of 3 tokens or more")
+    return tokens
+
+
+def check_labels(path, name, arrays, n):
+    """The array `name` as (n,) labels; otherwise ValueError says why not."""
+    if name not in arrays:
+        raise ValueError(f"data {path}: has no {name}; needs {name} ({n},), one for each sequence")
+    labels = arrays[name]
+    found = f"data {path}: {name} is {labels.dtype} {labels.shape}"
+    if labels.shape not in ((n,), (n, 1)):
+        raise ValueError(f"{found}; needs ({n},), one for each sequence")
+    is_whole = labels.dtype.kind == "f" and bool((labels == np.floor(labels)).all())
+    if labels.dtype.kind not in "iubUS" and not is_whole:
+        raise ValueError(f"{found}; needs classes: integers, booleans, names or whole floats")
+    return labels.reshape(n)
+
+
+def index_in(known, values):
+    """Where each of `values` stands in the sorted array `known`; len(known) if it does not."""
+    index = np.searchsorted(known, values)
+    index = np.minimum(index, len(known) - 1)
+    return np.where(known[index] == values, index, len(known))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -174,33 +294,40 @@ def from_file(path, seed=0):
 def best_possible_accuracy(name, tokens, labels, vocab_size):
     """Accuracy of the Bayes-optimal classifier on these sequences; None where it is not known.
 
-    With two classes that are equally likely it is the sign of the log-likelihood ratio, which is
-    a positive constant (it depends on `signal`) times a difference of counts. A tie counts half.
+    With two classes that are equally likely it follows the sign of the log-likelihood ratio. Here
+    that is a positive constant, which depends on `signal`, times a difference of counts. A tie
+    counts half.
     """
     if name == "proximity":    # steps up minus steps down
-        step = np.diff(tokens) % vocab_size                            # (n, T - 1)
+        step = np.diff(tokens) % vocab_size                           # (n, T - 1)
         evidence = (step == 1).sum(1) - (step == vocab_size - 1).sum(1)  # (n,)
     elif name == "texture":    # pixels like their upper neighbour minus those like their left one
         side = isqrt(tokens.shape[1])
-        image = tokens.reshape(-1, side, side)                         # (n, side, side)
-        evidence = (np.diff(image, axis=1) == 0).sum((1, 2)) - (np.diff(image) == 0).sum((1, 2))
-    elif name == "bag":        # symbols of the upper half minus those of the lower half
-        evidence = np.where(tokens >= vocab_size // 2, 1, -1).sum(1)   # (n,)
-    else:    # text, files: nobody knows
+        image = tokens.reshape(-1, side, side)                        # (n, side, side)
+        like_upper = np.diff(image, axis=1) == 0                      # (n, side - 1, side)
+        like_left = np.diff(image, axis=2) == 0                       # (n, side, side - 1)
+        evidence = like_upper.sum((1, 2)) - like_left.sum((1, 2))     # (n,)
+    elif name == "bag":    # symbols of the upper half minus those of the lower half
+        evidence = np.where(tokens >= vocab_size // 2, 1, -1).sum(1)  # (n,)
+    else:    # nobody knows
         return None
-    return float(np.where(evidence == 0, 0.5, (evidence > 0) == labels).mean())
+    is_right = np.where(evidence == 0, 0.5, (evidence > 0) == labels)  # (n,)
+    return float(is_right.mean())
 
 
 def count_baseline(train_tokens, train_labels, test_tokens, test_labels):
     """Test accuracy of naive Bayes on token counts: what can be had without looking at order.
 
-    tokens (n, T), labels (n,) from 0 up.
+    tokens (n, T) and labels (n,) from 0 up.
     """
-    n_symbols = max(train_tokens.max(), test_tokens.max()) + 1        # V
+    n_symbols = max(train_tokens.max(), test_tokens.max()) + 1
     scores = []
     for k in range(train_labels.max() + 1):
-        tokens = train_tokens[train_labels == k]                      # (n in the class, T)
-        counts = np.bincount(tokens.ravel(), minlength=n_symbols) + 1  # (V,), add-one smoothing
-        log_prior = np.log(len(tokens) / len(train_tokens))
-        scores.append(log_prior + np.log(counts / counts.sum())[test_tokens].sum(1))  # (n,)
-    return float((np.argmax(scores, axis=0) == test_labels).mean())
+        of_class = train_tokens[train_labels == k]                    # (n of the class, T)
+        counts = np.bincount(of_class.ravel(), minlength=n_symbols)   # (V,)
+        counts = counts + 1    # so that no symbol is impossible
+        log_p = np.log(counts / counts.sum())                         # (V,)
+        log_prior = np.log(len(of_class) / len(train_tokens))
+        scores.append(log_prior + log_p[test_tokens].sum(1))          # (n,)
+    predicted = np.argmax(scores, axis=0)                             # (n,)
+    return float((predicted == test_labels).mean())
