@@ -434,23 +434,32 @@ def on_neighbours(looks):
     return (looks[..., 1] + looks[..., -1]).max().item()
 
 
+def pull_by_offset(gradient):
+    """The pull at each offset, (T,), from the gradient (T, T) of a loss by attention scores.
+
+    A pull is minus the gradient with respect to an extra score at one offset, the same at all
+    positions. The mean over all offsets but 0 is taken off. Without that, "look to the right" would
+    also mean "look less at the mask", which a masked position has at offset 0.
+    """
+    pull = -by_offset(gradient)                                           # (T,)
+    return pull - pull[1:].mean()
+
+
 def attention_pull(model, loss, *batch):
     """Which offsets a loss would have attention look at, (T,): positive where it asks for more.
 
-    A pull is minus the gradient of `loss(model, *batch)` with respect to an extra attention score
-    at one offset, the same at all positions and in all heads. From all of them the mean over
-    offsets but 0 is taken off: at offset 0 a masked position sees only the mask.
+    `loss(model, *batch)` is a scalar, such as masked_loss or label_loss, and the first of `batch`
+    is tokens (B, T). For what a pull is see `pull_by_offset`.
     """
     T = batch[0].shape[1]
     # Zeros change nothing, but they have a gradient.
     extra = next(model.parameters()).new_zeros(T, T).requires_grad_()     # (T, T)
     for block in model.blocks:
         block.attention.score_bias = extra
-    gradient, = torch.autograd.grad(loss(model, *batch), extra)           # (T, T)
+    gradient = torch.autograd.grad(loss(model, *batch), extra)[0]         # (T, T)
     for block in model.blocks:
         block.attention.score_bias = None
-    pull = -by_offset(gradient)                                           # (T,)
-    return pull - pull[1:].mean()
+    return pull_by_offset(gradient)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -587,8 +596,8 @@ def masked_loss_on_test(model, tokens, config):
 
 def frequency_loss(tokens):
     """Masked loss, in nats, of a model that knows only how frequent each token is: the entropy."""
-    frequency = tokens.flatten().bincount() / tokens.numel()              # (V,)
-    return torch.special.entr(frequency.cpu()).sum().item()
+    counts = tokens.cpu().flatten().bincount()                            # (V,)
+    return torch.special.entr(counts / counts.sum()).sum().item()
 
 
 def run(config, progress=False):
@@ -612,7 +621,7 @@ def run(config, progress=False):
     looks = {"start": look(model, sample)}                                # (L, H, T) each
     if not config.spt:
         finetune(model, x, y, steps=total_steps, lr=config.lr, **training)
-        looks["supervised training"] = look(model, sample)
+        looks["labels alone"] = look(model, sample)
     else:
         losses = pretrain(model, x, mask_id=config.vocab_size, mask_ratio=config.mask_ratio,
                           steps=config.pretrain_steps, lr=config.pretrain_lr, **training)
@@ -747,7 +756,11 @@ def show_masked_loss(results):
 
 
 def show_heads(result):
-    """Print where every head looks at each stage, as tenths of its attention by offset."""
+    """Print where every head looks at each stage, as tenths of its attention by offset.
+
+    After pretraining a head looks mostly at its own position. It cannot well skip it: positions are
+    smooth, so what is like a neighbour's vector is even more like one's own.
+    """
     T = result["config"]["seq_len"]
     reach = min(16, (T - 1) // 2)
     offsets = range(-reach, reach + 1)
@@ -979,8 +992,8 @@ def reproduce(seed, seeds, jobs, device, json_path):
 #
 # 1. If φ is linear, labels are blind to all circulant S. The rows of A sum to 1, and if S is
 #    circulant so do its columns:   mean_i z_i = (1/T) Σ_j (Σ_i A_ij) v_j = mean_j v_j.
-# 2. For any φ, labels are blind to first order at S = 0. There every z_i is the mean value v̄, and
-#    dA_ij = (Δ_ij - mean_k Δ_ik) / T has columns that sum to 0 if Δ is circulant:
+# 2. For any φ, labels are blind to first order at S = 0. There every z_i is the mean value v̄,
+#    and dA_ij = (Δ_ij - mean_k Δ_ik) / T has columns that sum to 0 if Δ is circulant:
 #        d mean_i φ(z_i) = φ'(v̄) (1/T) Σ_j (Σ_i dA_ij) v_j = 0.
 # 3. Masked tokens are not blind. Along "look at offset ℓ", dz_i = (v_{i+ℓ} - v̄) / T. With p the
 #    prediction for a masked token x_i, its loss pulls by
@@ -1015,9 +1028,8 @@ def one_layer_pulls(seed):
     T = 32
     V = 8
     C = 8
-    x, y = tasks.proximity(n=2000, seq_len=T, vocab_size=V, seed=seed)
-    x = torch.from_numpy(x)                                               # (n, T)
-    y = torch.from_numpy(y)                                               # (n,)
+    data = tasks.proximity(n=2000, seq_len=T, vocab_size=V, seed=seed)
+    x, y = map(torch.from_numpy, data)                                    # (n, T), (n,)
     torch.manual_seed(seed)
     by_labels = []
     by_masks = []
@@ -1030,18 +1042,13 @@ def one_layer_pulls(seed):
         corrupted, is_masked = mask_tokens(x, V, 0.3)                     # (n, T)
         label, masked = one_layer_losses(
             scores, x, y, corrupted, is_masked, values, to_class, to_symbol)
-        label_pull = -torch.autograd.grad(label, scores, retain_graph=True)[0]   # (T, T)
-        masked_pull = -torch.autograd.grad(masked, scores)[0]             # (T, T)
-        by_labels.append(by_offset(label_pull))                           # (T,)
-        by_masks.append(by_offset(masked_pull))                           # (T,)
+        by_label = torch.autograd.grad(label, scores, retain_graph=True)[0]  # (T, T)
+        by_mask = torch.autograd.grad(masked, scores)[0]                  # (T, T)
+        by_labels.append(pull_by_offset(by_label))                        # (T,)
+        by_masks.append(pull_by_offset(by_mask))                          # (T,)
         # T times, as if all positions did the same.
-        alone.append(T * label_pull[0, 1])                                # ()
-    by_labels = torch.stack(by_labels)                                    # (20, T)
-    by_masks = torch.stack(by_masks)                                      # (20, T)
-    # At offset 0 a masked position sees only the mask, so looking elsewhere pays with any data.
-    by_labels = by_labels - by_labels[:, 1:].mean(dim=1, keepdim=True)    # (20, T)
-    by_masks = by_masks - by_masks[:, 1:].mean(dim=1, keepdim=True)       # (20, T)
-    return by_labels, by_masks, torch.stack(alone)
+        alone.append(T * by_label[0, 1])                                  # ()
+    return torch.stack(by_labels), torch.stack(by_masks), torch.stack(alone)
 
 
 def root_mean_square(x):
@@ -1057,8 +1064,8 @@ def show_bag(seed, device):
     loss = masked["test_masked_loss"]
     knows_nothing = masked["frequency_loss"]
     print("  A masked token's neighbours are in the average, so masks have a hint.")
-    hint = verdict(f"masked loss on test {loss:.3f}, at least 0.004 below {knows_nothing:.3f}, that "
-                   "of token\n    frequencies", loss < knows_nothing - 0.004)
+    hint = verdict(f"masked loss on test {loss:.3f}, below that of token frequencies, "
+                   f"{knows_nothing:.3f}", loss < knows_nothing - 0.004)
     print("  The label is not in the average.")
     blind = verdict(f"test accuracy of labels {labels['test']:.3f} (at most 0.60)",
                     labels["test"] <= 0.60)
@@ -1070,10 +1077,10 @@ def show_proof(seed):
     print("\n(b) The proof in numbers. One layer, uniform attention, float64: size of the pull on\n"
           "all positions alike, by offset (root mean square over 20 random starts).")
     by_labels, by_masks, alone = one_layer_pulls(seed)
-    print(f"  {'offset':20}{1:<11}{2:<11}{4:<11}{8:<11}")
+    print(f"  {'offset':20}{1:<11}{2:<11}{4:<11}{8}")
     for name, pulls in (("labels", by_labels), ("masked tokens", by_masks)):
         sizes = root_mean_square(pulls)                                   # (T,)
-        print(f"  {name:20}{sizes[1]:<11.1e}{sizes[2]:<11.1e}{sizes[4]:<11.1e}{sizes[8]:<11.1e}")
+        print(f"  {name:20}{sizes[1]:<11.1e}{sizes[2]:<11.1e}{sizes[4]:<11.1e}{sizes[8]:.1e}")
     largest = by_labels.abs().max()
     blind = verdict("labels are blind: all below 1e-12", largest < 1e-12)
     sizes = root_mean_square(by_masks)
@@ -1188,9 +1195,10 @@ def make_parser():
     parser = argparse.ArgumentParser(
         prog="spt.py", description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS,
         usage="spt.py [--task TASK] [--spt | --compare | --reproduce | --theory] [flags]")
+    modes = parser.add_mutually_exclusive_group()
     for mode in (compare, reproduce, theory):
-        parser.add_argument("--" + mode.__name__, dest="mode", action="append_const",
-                            const=mode.__name__, help=mode.__doc__.split("\n")[0])
+        modes.add_argument("--" + mode.__name__, dest="mode", action="store_const",
+                           const=mode.__name__, help=mode.__doc__.split("\n")[0])
     for f in fields(Config):
         help = f"{f.metadata['help']} (default {f.default})"
         if f.type is bool:
@@ -1210,92 +1218,83 @@ def make_parser():
 def check_flags(mode, given):
     """Raise ValueError for a flag that would be ignored beside the others."""
     refused = {}    # {flag: why}
-    if mode == "single" and not given.get("spt"):
+    for name in given:
+        if name not in FLAGS_OF_MODE[mode]:
+            refused[name] = f"cannot go with --{mode}"
+            if mode == "single":
+                refused[name] = "needs --compare or --reproduce"
+    if mode == "single" and "spt" not in given:
         for name in ("mask_ratio", "pretrain_lr", "transfer"):
             refused[name] = "needs --spt"
-    if given.get("task") == "text" or "text" in given:
-        refused["signal"] = "cannot go with --task text"
-        if given.get("task", "text") != "text":
-            refused["task"] = f"cannot be {given['task']} with --text"
+    if "text" in given and given.get("task", "text") != "text":
+        refused["text"] = "is for --task text"
+    if "text" in given or given.get("task") == "text":
+        refused["signal"] = "cannot go with text"
     if "data" in given:
         for name in ("task", "text", "n_train", "n_test", "seq_len", "vocab_size", "signal"):
-            refused[name] = "cannot go with --data, which settles it"
+            refused[name] = "cannot go with --data, which decides it"
     elif given.get("task") == "data":
         refused["task"] = "data needs --data FILE"
     for name in given:
-        if name not in FLAGS_OF_MODE[mode]:
-            refused[name] = f"cannot go with --{mode}" if mode != "single" else (
-                "needs --compare or --reproduce")
         if name in refused:
             raise ValueError(f"{flag_of(name)}: {refused[name]}")
 
 
 def check_files(given):
-    """Raise ValueError for a device, count or file that cannot be used."""
-    device = given.get("device", "cpu")
-    available = dict(cpu=True, cuda=torch.cuda.is_available(),
-                     mps=torch.backends.mps.is_available())
-    if not available.get(device, True):
-        raise ValueError(f"--device {device}: not on this machine")
-    for name in ("seeds", "jobs"):
-        if given.get(name, 1) < 1:
-            raise ValueError(f"--{name} {given[name]}: must be 1 or more")
-    if device != "cpu" and given.get("jobs", 1) > 1:
-        raise ValueError(f"--jobs {given['jobs']}: must be 1 with --device {device}")
+    """Raise ValueError for a file that cannot be used."""
     for name in ("text", "data"):
         if name in given and not os.path.isfile(given[name]):
             raise ValueError(f"--{name} {given[name]}: no such file")
     for name in ("json", "save"):
-        if name in given:
-            check_output(name, given[name])
+        if name not in given:
+            continue
+        path = given[name]
+        folder = os.path.dirname(path) or "."
+        if os.path.isdir(path) or not os.path.isdir(folder):
+            raise ValueError(f"--{name} {path}: must be a file in a folder that exists")
+        target = path if os.path.exists(path) else folder
+        if not os.access(target, os.W_OK):
+            raise ValueError(f"--{name} {path}: cannot be written")
 
 
-def check_output(name, path):
-    """Raise ValueError for a file that cannot be written."""
-    folder = os.path.dirname(path) or "."
-    if os.path.isdir(path) or not os.path.isdir(folder):
-        raise ValueError(f"--{name} {path}: must be a file in a folder that exists")
-    target = path if os.path.exists(path) else folder
-    if not os.access(target, os.W_OK):
-        raise ValueError(f"--{name} {path}: cannot be written")
+def check_device(device, jobs):
+    """Raise ValueError for a device that is not there, or that cannot take so many jobs."""
+    available = dict(cpu=True, cuda=torch.cuda.is_available(),
+                     mps=torch.backends.mps.is_available())
+    if not available[device]:
+        raise ValueError(f"--device {device}: not on this machine")
+    if device != "cpu" and jobs > 1:
+        raise ValueError(f"--jobs {jobs}: must be 1 with --device {device}")
 
 
 def main(argv=None):
-    """Run the command line. Returns the exit status: 0, or 1 if a claim does not hold, 2 for a
-    file that cannot be written, 130 for Ctrl-C. Bad input exits with 2."""
+    """Run the command line; bad input exits with status 2.
+
+    Returns the exit status: 0, or 1 if a claim does not hold, 2 if a file could not be written, 130
+    after Ctrl-C.
+    """
     parser = make_parser()
     given = vars(parser.parse_args(argv))
-    modes = given.pop("mode", ["single"])
+    mode = given.pop("mode", "single")
     torch.set_num_threads(1)    # at this size two threads would only wait for each other
     try:
-        if len(modes) > 1:
-            raise ValueError(f"--{modes[0]}, --{modes[1]}: one at a time")
-        check_flags(modes[0], given)
+        check_flags(mode, given)
         check_files(given)
-        settings = {name: value for name, value in given.items() if name in RUN_FLAGS}
-        config = recipe(**settings)
+        seeds = given.get("seeds", 3)
+        jobs = given.get("jobs", 1)
+        if min(seeds, jobs) < 1:
+            raise ValueError(f"--seeds {seeds}, --jobs {jobs}: must be 1 or more")
+        config = recipe(**{name: given[name] for name in given if name in RUN_FLAGS})
+        check_device(config.device, jobs)
         # Whatever is wrong with the data or the widths is found here, before training.
-        sizes, _ = load_data(config)
-        new_model(sizes, 2, config.seed)
+        sized, _ = load_data(config)
+        new_model(sized, 2, config.seed)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    jobs = given.get("jobs", os.cpu_count() if config.device == "cpu" else 1)
-    return run_mode(modes[0], config, given.get("seeds", 3), jobs, given.get("json"),
-                    given.get("save"))
-
-
-def run_mode(mode, config, seeds, jobs, json_path, save_path):
-    """Run one mode of the command line; returns the exit status."""
-    holds = True
+    if config.device == "cpu":
+        jobs = given.get("jobs", os.cpu_count())
     try:
-        if mode == "single":
-            single(config, json_path, save_path)
-        elif mode == "compare":
-            compare(config, seeds, jobs, json_path)
-        elif mode == "reproduce":
-            holds = reproduce(config.seed, seeds, jobs, config.device, json_path)
-        else:
-            holds = theory(config.seed, config.device, json_path)
+        holds = run_mode(mode, config, seeds, jobs, given.get("json"), given.get("save"))
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("spt.py: interrupted", file=sys.stderr)
@@ -1308,6 +1307,19 @@ def run_mode(mode, config, seeds, jobs, json_path, save_path):
         print(f"spt.py: error: {error}", file=sys.stderr)
         return 2
     return 0 if holds else 1
+
+
+def run_mode(mode, config, seeds, jobs, json_path, save_path):
+    """Run one mode of the command line. Returns False where a claim does not hold."""
+    if mode == "reproduce":
+        return reproduce(config.seed, seeds, jobs, config.device, json_path)
+    if mode == "theory":
+        return theory(config.seed, config.device, json_path)
+    if mode == "compare":
+        compare(config, seeds, jobs, json_path)
+    else:
+        single(config, json_path, save_path)
+    return True
 
 
 if __name__ == "__main__":
