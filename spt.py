@@ -296,7 +296,10 @@ def train(model, batch_loss, n_sequences, *, steps, lr, batch_size=32, seed=0, p
     # This phase has its own generator: pretraining changes no batch of fine-tuning.
     generator = torch.Generator().manual_seed(seed)
     losses = []
-    for step in tqdm(range(steps), disable=None if progress else True):
+    step_numbers = range(steps)
+    if progress:
+        step_numbers = tqdm(step_numbers, disable=None)    # None: a bar in terminals only
+    for step in step_numbers:
         model.train()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, lr)
@@ -673,15 +676,14 @@ def result_of(config):
     return result
 
 
-def run_all(configs, jobs):
-    """Yields the result of each config, in their order, as soon as it is there."""
+def start_workers(jobs):
+    """A pool of processes. Used in a `with`, it ends them whatever happens."""
     # Workers start by ignoring Ctrl-C. This process answers it, and ends them.
     answer = signal.signal(signal.SIGINT, signal.SIG_IGN)
     # "spawn" works on every system, and with CUDA.
-    pool = get_context("spawn").Pool(min(jobs, len(configs)), start_worker)
+    pool = get_context("spawn").Pool(jobs, start_worker)
     signal.signal(signal.SIGINT, answer)
-    with pool:
-        yield from pool.imap(result_of, configs)
+    return pool
 
 
 def append_json(path, record):
@@ -821,17 +823,19 @@ def compare(config, seeds, jobs, json_path):
     plan = []
     for row in rows:
         plan.extend(over_seeds(row, seeds))
-    results = run_all(plan, jobs)
-    for row in rows:
-        name = f"{row_name(row)}, lr {row.lr:g}"
-        of_row = [next(results) for _ in range(seeds)]
-        for result in of_row:
-            append_json(json_path, dict(row=name, **result))
-        if row is rows[0]:
-            show_setting(of_row[0])
-            print(f"mean ± standard deviation over {seeds} seeds, from {config.seed} up")
-            print(HEADER)
-        show_row(name, of_row)
+    with start_workers(jobs) as pool:
+        results = pool.imap(result_of, plan)
+        for row in rows:
+            name = f"{row_name(row)}, lr {row.lr:g}"
+            of_row = [next(results) for _ in range(seeds)]
+            for result in of_row:
+                append_json(json_path, dict(row=name, **result))
+            if row is rows[0]:
+                show_setting(of_row[0])
+                print(f"mean ± standard deviation over {seeds} seeds, from {config.seed} up")
+                print(HEADER)
+            show_row(name, of_row)
+            sys.stdout.flush()
     show_masked_loss(of_row)
 
 
@@ -951,22 +955,24 @@ def reproduce(seed, seeds, jobs, device, json_path):
     for rows in CLAIMS.values():
         for row in rows:
             plan.extend(plan_of(row, seed, seeds, device))
-    results = run_all(plan, jobs)
     print(f"mean ± standard deviation over {seeds} seeds, from {seed} up")
     print(HEADER)
     summary = {}
-    for title, rows in CLAIMS.items():
-        print(title)
-        holds = []
-        for row in rows:
-            of_row = [next(results) for _ in range(seeds * len(row.rates))]
-            for result in of_row:
-                append_json(json_path, dict(claim=title, row=row.name, **result))
-            holds.append(judge(row, of_row, seeds))
-        summary[title] = all(holds)
-        sys.stdout.flush()
-    print("9 why: the bag, the proof, the pulls (--theory)")
-    summary["9 why: the bag, the proof, the pulls (--theory)"] = theory(seed, device, json_path)
+    with start_workers(jobs) as pool:
+        results = pool.imap(result_of, plan)
+        for title, rows in CLAIMS.items():
+            print(title)
+            summary[title] = True
+            for row in rows:
+                of_row = [next(results) for _ in range(seeds * len(row.rates))]
+                for result in of_row:
+                    append_json(json_path, dict(claim=title, row=row.name, **result))
+                holds = judge(row, of_row, seeds)
+                summary[title] = summary[title] and holds
+                sys.stdout.flush()
+    why = "9 why: the bag, the proof, the pulls (--theory)"
+    print(why)
+    summary[why] = theory(seed, device, json_path)
     print()
     for title, holds in summary.items():
         print(f"{title:70}{'holds' if holds else 'FAILS'}")
@@ -1198,7 +1204,7 @@ def make_parser():
     modes = parser.add_mutually_exclusive_group()
     for mode in (compare, reproduce, theory):
         modes.add_argument("--" + mode.__name__, dest="mode", action="store_const",
-                           const=mode.__name__, help=mode.__doc__.split("\n")[0])
+                           const=mode.__name__, help=mode.__doc__.split(".")[0])
     for f in fields(Config):
         help = f"{f.metadata['help']} (default {f.default})"
         if f.type is bool:
