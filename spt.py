@@ -40,6 +40,7 @@ import os
 import signal
 import statistics
 import sys
+import textwrap
 from dataclasses import asdict, dataclass, field, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -722,7 +723,7 @@ class OutputError(Exception):
 # ---------------------------------------------------------------------------------------------
 # What is printed, in 80 columns.
 # ---------------------------------------------------------------------------------------------
-HEADER = f"{'':31}{'train accuracy':17}{'test accuracy':17}on neighbours"
+HEADER = f"{'':33}{'train accuracy':16}{'test accuracy':16}on neighbours"
 
 
 def spread(results, column):
@@ -748,7 +749,7 @@ def show_setting(result):
 def show_row(name, results):
     """Print one line of results, under HEADER."""
     looks = statistics.mean(result["on_neighbours"] for result in results)
-    print(f"{name:31}{spread(results, 'train'):17}{spread(results, 'test'):17}{looks:.2f}")
+    print(f"{name:33}{spread(results, 'train'):16}{spread(results, 'test'):16}{looks:.2f}")
 
 
 def show_masked_loss(results):
@@ -909,7 +910,7 @@ CLAIMS = {
         Row("SPT, near start", dict(start="near", **SHORT), low=0.85)],
     "7 what counts is the number of targets": [
         Row("labels, 6,000 steps", dict(finetune_steps=5600, lr=0.003), low=0.80),
-        Row("labels, batches of 128", dict(batch_size=128, lr=0.01), low=0.60),
+        Row("labels, batch 128", dict(batch_size=128, lr=0.01), low=0.60),
         Row("SPT, 1 token in 64", dict(spt=True, mask_ratio=1 / 64), high=0.60),
         Row("SPT, 4 tokens in 64", dict(spt=True, mask_ratio=4 / 64), low=0.85)],
     "8 control: no gap where counting is enough (bag)": [
@@ -940,13 +941,15 @@ def mean_test(results):
 
 
 def judge(row, results, seeds):
-    """Print the row at its best rate, and whether it lies in its interval. Returns that."""
+    """Print the row at its best rate. Returns whether it lies in its interval, and says so."""
     by_rate = [results[i:i + seeds] for i in range(0, len(results), seeds)]
     best = max(by_rate, key=mean_test)
     show_row(f"  {row.name}, lr {best[0]['config']['lr']:g}", best)
     value = mean_test(best)
     bound = f"at least {row.low:.2f}" if row.low > 0 else f"at most {row.high:.2f}"
-    return verdict(f"test accuracy {value:.2f} ({bound})", row.low <= value <= row.high)
+    text = f"{row.name} {value:.2f} ({bound})"
+    holds = verdict(text, row.low <= value <= row.high)
+    return holds, text
 
 
 def reproduce(seed, seeds, jobs, device, json_path):
@@ -957,26 +960,29 @@ def reproduce(seed, seeds, jobs, device, json_path):
             plan.extend(plan_of(row, seed, seeds, device))
     print(f"mean ± standard deviation over {seeds} seeds, from {seed} up")
     print(HEADER)
-    summary = {}
+    summary = []    # (title, whether it holds, what was measured)
     with start_workers(jobs) as pool:
         results = pool.imap(result_of, plan)
         for title, rows in CLAIMS.items():
             print(title)
-            summary[title] = True
+            judged = []
             for row in rows:
                 of_row = [next(results) for _ in range(seeds * len(row.rates))]
                 for result in of_row:
                     append_json(json_path, dict(claim=title, row=row.name, **result))
-                holds = judge(row, of_row, seeds)
-                summary[title] = summary[title] and holds
+                judged.append(judge(row, of_row, seeds))
                 sys.stdout.flush()
+            measured = ", ".join(text for holds, text in judged)
+            summary.append((title, all(holds for holds, text in judged), measured))
     why = "9 why: the bag, the proof, the pulls (--theory)"
     print(why)
-    summary[why] = theory(seed, device, json_path)
-    print()
-    for title, holds in summary.items():
-        print(f"{title:70}{'holds' if holds else 'FAILS'}")
-    return all(summary.values())
+    summary.append((why, theory(seed, device, json_path), "its own verdicts, above"))
+    print("\nSummary")
+    for title, holds, measured in summary:
+        print(title)
+        print(textwrap.fill(f"{'holds' if holds else 'FAILS'}: {measured}", 80,
+                            initial_indent="  ", subsequent_indent="    "))
+    return all(holds for title, holds, measured in summary)
 
 
 # ---------------------------------------------------------------------------------------------
