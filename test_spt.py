@@ -1,5 +1,4 @@
-"""Behaviour of spt.py and synthetic_tasks.py: oracles written another way, properties, gradients,
-exact symmetries, and the gap itself.
+"""Tests of spt.py and synthetic_tasks.py, one fact each, in the order of the two files.
 
     python -m pytest -q
 """
@@ -8,27 +7,24 @@ import inspect
 import json
 import math
 import re
-import subprocess
-import sys
-from collections import Counter
-from contextlib import nullcontext
-from dataclasses import asdict, replace
-from itertools import product
+from dataclasses import fields, replace
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.testing import assert_close
 
 import spt
 import synthetic_tasks as tasks
 
 torch.set_num_threads(1)    # tiny products only wait for a second thread
-SIZES = dict(n_train=64, n_test=32, seq_len=9, vocab_size=5, pretrain_steps=6, finetune_steps=4)
-SMALL, FLAGS = spt.Config(**SIZES), [f"--{k.replace('_', '-')}={v}" for k, v in SIZES.items()]
-LABELS, ROOT = torch.arange(32) % 2, Path(spt.__file__).parent
+ROOT = Path(spt.__file__).parent
+
+# A run that takes a fraction of a second. No value is the default.
+SMALL = spt.Config(n_train=64, n_test=32, seq_len=9, vocab_size=5, pretrain_steps=6,
+                   finetune_steps=4)
 
 
 @pytest.fixture(autouse=True)
@@ -37,543 +33,1288 @@ def the_same_random_numbers_whichever_tests_ran_before():
 
 
 def small_model(**arguments):
-    """A Transformer for 9 tokens of 5 symbols."""
-    return spt.Transformer(5, 9, **arguments)
+    """A Transformer for 9 tokens of 5 symbols; token 5 is the mask."""
+    return spt.Transformer(vocab_size=5, seq_len=9, **arguments)
 
 
-def random_tokens(n=32, T=9):
-    return torch.randint(5, (n, T))
+def random_tokens(n=32, seq_len=9):
+    return torch.randint(5, (n, seq_len))
 
 
-def blocks(language):
-    """The code blocks of README in a language."""
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+LABELS = torch.arange(32) % 2
 
 
-# --- Tasks -----------------------------------------------------------------------------------
-def likelihood(name, x, label, V, signal):
-    """P(x | label) by the words of the task's docstring, one token at a time; images are 2 x 2."""
-    p, half, back = 1.0, V // 2, 2 if label else 1
-    for t in range(len(x)):
-        follows = {"bag": range(half, V) if label else range(half),
-                   "proximity": [(x[t - 1] + 2 * label - 1) % V] if t else range(V),
-                   "texture": [x[t - back]] if t & back else range(V)}[name]
-        p *= signal * (x[t] in follows) / len(follows) + (1 - signal) / V
-    return p
+# --- Positions ---------------------------------------------------------------------------------
+def test_sinusoidal_positions_follow_their_formula():
+    positions = spt.sinusoidal_positions(7, 4)
+    for t in range(7):
+        assert positions[t, 0].item() == pytest.approx(math.sin(t), abs=1e-6)
+        assert positions[t, 1].item() == pytest.approx(math.cos(t), abs=1e-6)
+        assert positions[t, 2].item() == pytest.approx(math.sin(t / 100), abs=1e-6)
+        assert positions[t, 3].item() == pytest.approx(math.cos(t / 100), abs=1e-6)
 
 
-@pytest.mark.parametrize("name, T, V", [("proximity", 4, 4), ("texture", 4, 3), ("bag", 3, 4)])
-def test_sequences_follow_the_law_of_their_class_and_the_best_guess_is_the_likelier(name, T, V):
-    n, signal, right = 40_000, 0.45, 0.0
-    tokens, labels = getattr(tasks, name)(n=n, signal=signal, seed=3, seq_len=T, vocab_size=V)
-    laws = [{x: likelihood(name, x, label, V, signal) for x in product(range(V), repeat=T)}
-            for label in (0, 1)]
-    assert labels.sum() == n // 2
-    for label, law in enumerate(laws):
-        seen = Counter(map(tuple, tokens[labels == label].tolist()))
-        chi_square = sum((seen[x] - n / 2 * p) ** 2 / (n / 2 * p) for x, p in law.items())
-        assert abs(chi_square - len(law) + 1) < 5 * math.sqrt(2 * len(law))
-        for x, times in seen.items():
-            ratio = law[x] / laws[1 - label][x]
-            right += times / n * (0.5 if math.isclose(ratio, 1) else ratio > 1)
-            # Reversal swaps the classes.
-            assert name != "proximity" or law[x] == pytest.approx(laws[1 - label][x[::-1]])
-    assert tasks.best_possible_accuracy(name, tokens, labels, V) == pytest.approx(right)
+def test_sinusoidal_positions_of_neighbours_are_more_alike_than_of_others():
+    positions = spt.sinusoidal_positions(64, 32)
+    alike = positions @ positions.T
+    for offset in range(2, 64):
+        assert alike.diagonal(1).min() > alike.diagonal(offset).max() + 1
 
 
-def test_counts_say_nothing_but_in_the_bag_and_the_streams_are_separate():
-    for name, counts in (("proximity", 0.5), ("texture", 0.5), ("bag", 0.893), ("text", 0.5)):
-        first, again, other = (tasks.make_task(name, n_train=4000, n_test=4000, seq_len=16,
-                                               vocab_size=8, signal=0.3, seed=s) for s in (0, 0, 1))
-        assert all((a == b).all() for a, b in zip(first, again))
-        assert all((a[:99] != b[:99]).any() for a, b in zip(first, (*first[2:], *other[2:])))
-        assert tasks.count_baseline(*first) == pytest.approx(counts, abs=0.05), name
-    # 2/3 x 5/6 x 1/6 > 1/3 x 1/2 x 1/2, and 2/3 x 1/6 x 1/6 < 1/3 x 1/2 x 1/2.
-    x, x_test, y = np.array([[0, 0], [0, 0], [0, 1]]), np.array([[0, 1], [1, 1]]), np.arange(2)
-    assert tasks.count_baseline(x, np.array([0, 0, 1]), x_test, y) == 1
-
-
-def test_text_windows_come_from_their_own_part_half_of_them_backwards(tmp_path):
-    letters = np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvw   "), size=6000)
-    words = " ".join("".join([*letters[:5900], *letters[:106]]).split())    # ends as it begins
-    (path := tmp_path / "t.txt").write_text("  " + words.upper(), encoding="utf-8")
-    x, y, x_test, y_test = tasks.text(n_train=200, n_test=999, seq_len=16, vocab_size=26, path=path)
-    train, test = words[:len(words) * 4 // 5], words[len(words) * 4 // 5:]
-    letter = sorted(sorted(set(words)), key=train.count, reverse=True)
-    may = [{part[i:i + 16] for i in range(0, len(part) - 15, 16)} for part in (train, test)]
-    does = [{"".join(letter[s] for s in row)[::1 if label else -1] for row, label in zip(*part)}
-            for part in ((x, y), (x_test, y_test))]
-    known = {w for w in may[1] if any(w[i:i + 8] in train for i in range(9))}
-    assert does[0] <= may[0] and len(does[0]) == 200 and does[1] == may[1] - known and known
-
-
-# --- Positions, attention, model -------------------------------------------------------------
 def test_rotary_positions_turn_complex_numbers():
-    turns = torch.exp(1j * torch.arange(12)[:, None] / 10000 ** (torch.arange(4) / 4))
-    pairs = torch.view_as_real(torch.view_as_complex(torch.arange(8.0).view(4, 2)) * turns)
-    assert torch.allclose(spt.rotate(torch.arange(8.0).expand(12, 8)), pairs.flatten(1), atol=1e-5)
+    x = torch.randn(12, 8)
+    frequency = 10000.0 ** (-torch.arange(4) / 4)
+    turns = torch.exp(1j * torch.arange(12)[:, None] * frequency)
+    as_complex = torch.view_as_complex(x.view(12, 4, 2))
+    turned = torch.view_as_real(as_complex * turns)
+    assert_close(spt.rotate(x), turned.flatten(1))
 
 
-def test_distance_bias_by_hand():
-    left, right, left_half, _, no = *spt.distance_bias(4, 3).tolist(), -math.inf
-    assert left == [[0, no, no], [-1, 0, no], [-2, -1, 0]] and left_half[2] == [-1, -0.5, 0]
-    assert right == [[0, -1, -2], [no, 0, -1], [no, no, 0]]
+def test_rotated_queries_and_keys_know_their_offset_only():
+    query = torch.randn(8).expand(12, 8)
+    key = torch.randn(8).expand(12, 8)
+    scores = spt.rotate(query) @ spt.rotate(key).T
+    assert_close(scores[1:, 1:], scores[:-1, :-1], rtol=0, atol=1e-4)
 
 
+def test_shuffled_positions_are_the_sinusoidal_rows_in_another_order():
+    shuffled = small_model(positions="shuffled").positions
+    rows = spt.sinusoidal_positions(9, 32)
+    assert not torch.equal(shuffled, rows)
+    assert sorted(shuffled.tolist()) == sorted(rows.tolist())
+
+
+def test_learned_positions_are_weights_and_the_others_are_not():
+    for positions in spt.POSITIONS:
+        names = dict(small_model(positions=positions).named_parameters())
+        assert ("positions" in names) == (positions == "learned")
+
+
+# --- Attention and the model -------------------------------------------------------------------
 @torch.no_grad()
 def attention_by_loops(attention, x):
-    """Softmax attention of one sequence (T, C) as loops over heads, queries and keys."""
-    out, turn = torch.zeros_like(x), spt.rotate if attention.rotary else lambda part: part
+    """Softmax attention of one sequence (T, C) with loops over heads, queries and keys."""
+    T = len(x)
+    out = torch.zeros_like(x)
     for h in range(2):
-        own = slice(h * 16, h * 16 + 16)
-        q, k, v = (x @ getattr(attention, name).weight[own].T for name in ("query", "key", "value"))
-        for i in range(9):
-            bias = [0] * 9 if attention.score_bias is None else attention.score_bias[h, i]
-            e = [math.exp(turn(q)[i] @ turn(k)[j] / 4 + bias[j]) for j in range(9)]
-            out[i, own] = sum(e[j] / sum(e) * v[j] for j in range(9))
+        own = slice(h * 16, h * 16 + 16)    # the channels of this head
+        q = x @ attention.query.weight[own].T
+        k = x @ attention.key.weight[own].T
+        v = x @ attention.value.weight[own].T
+        if attention.rotary:
+            q = spt.rotate(q)
+            k = spt.rotate(k)
+        for i in range(T):
+            scores = [math.exp(q[i] @ k[j] / 4) for j in range(T)]
+            for j in range(T):
+                out[i, own] += scores[j] / sum(scores) * v[j]
     return out @ attention.out.weight.T
 
 
-@pytest.mark.parametrize("positions", ["sinusoidal", "rotary", "distance"])
-def test_attention_equals_nested_loops_and_the_fused_kernel_with_gradients(positions):
-    attention = small_model(positions=positions).double().blocks[0].attention
+@pytest.mark.parametrize("rotary", [False, True])
+def test_attention_equals_nested_loops(rotary):
+    attention = spt.Attention(32, 2, rotary).double()
     x = torch.randn(2, 9, 32).double()
-    readable, fused = attention(x, return_weights=True)[0], attention(x)
-    assert torch.allclose(fused, torch.stack([attention_by_loops(attention, one) for one in x]))
+    by_loops = torch.stack([attention_by_loops(attention, sequence) for sequence in x])
+    assert_close(attention(x), by_loops)
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_formula_and_the_kernel_of_pytorch_agree_gradients_included(rotary, biased):
+    attention = spt.Attention(32, 2, rotary).double()
+    if biased:
+        attention.score_bias = torch.randn(9, 9).double()
+    x = torch.randn(2, 9, 32).double()
+    by_kernel = attention(x)
+    by_formula, _ = attention(x, return_weights=True)
+    assert_close(by_formula, by_kernel)
     weights = list(attention.parameters())
-    gradients = (torch.autograd.grad(y.square().sum(), weights) for y in (readable, fused))
-    for a, b in [(readable, fused), *zip(*gradients)]:
-        assert torch.allclose(a, b) and a.abs().max() > 0
+    kernel_gradients = torch.autograd.grad(by_kernel.square().sum(), weights)
+    formula_gradients = torch.autograd.grad(by_formula.square().sum(), weights)
+    assert_close(formula_gradients, kernel_gradients)
 
 
-def test_the_model_is_a_pre_norm_encoder_with_a_last_norm_two_heads_and_sinusoidal_positions():
-    model, tokens = small_model(n_layers=2), random_tokens()
-    x = model.token_embedding(tokens) + torch.tensor([
-        [(math.cos if i % 2 else math.sin)(t / 10000 ** (i // 2 / 16)) for i in range(32)]
-        for t in range(9)])
+def test_attention_weights_of_a_position_sum_to_1():
+    _, weights = spt.Attention(32, 2)(torch.randn(3, 9, 32), return_weights=True)
+    assert_close(weights.sum(dim=-1), torch.ones(3, 2, 9))
+
+
+def test_a_width_that_heads_do_not_divide_is_refused():
+    with pytest.raises(ValueError, match="d_model 32.*n_heads 3"):
+        spt.Attention(32, 3)
+
+
+def test_unknown_positions_are_refused():
+    with pytest.raises(ValueError, match="nowhere"):
+        small_model(positions="nowhere")
+
+
+def test_the_model_is_a_pre_norm_encoder_with_a_last_norm_and_two_heads():
+    model = small_model(n_layers=2)
+    tokens = random_tokens()
+    x = model.token_embedding(tokens) + spt.sinusoidal_positions(9, 32)
     for block in model.blocks:
         x = x + block.attention(F.layer_norm(x, (32,)))
-        x = x + block.mlp[2](block.mlp[0](F.layer_norm(x, (32,))).clamp(min=0))
+        hidden = block.mlp[0](F.layer_norm(x, (32,))).clamp(min=0)
+        x = x + block.mlp[2](hidden)
     x = F.layer_norm(x, (32,))
-    assert torch.allclose(model.classify(tokens), model.class_head(x.mean(dim=1)), atol=1e-5)
-    assert torch.allclose(model.reconstruct(tokens), model.reconstruction_head(x), atol=1e-5)
+    assert_close(model.reconstruct(tokens), model.reconstruction_head(x))
+    assert_close(model.classify(tokens), model.class_head(x.mean(dim=1)))
 
 
-@pytest.mark.parametrize("readout", ["mean", "all"])
-@pytest.mark.parametrize("positions", [*spt.POSITIONS, "|i - j|"])
-def test_without_order_a_sequence_and_its_reverse_look_alike(positions, readout):
-    kind, tokens = "none" if positions == "|i - j|" else positions, random_tokens()
-    model = small_model(positions=kind, n_layers=2, readout=readout).double()
-    for block in model.blocks if positions == "|i - j|" else []:
-        block.attention.score_bias = torch.maximum(*spt.distance_bias(2, 9)).double()[None]
-    difference = (model.classify(tokens) - model.classify(tokens.flip(1))).abs().max()
-    assert difference < 1e-12 if (kind, readout) == ("none", "mean") else difference > 1e-6
-    assert ("positions" in dict(model.named_parameters())) == (positions == "learned")
-    with pytest.raises(ValueError, match="nowhere"):
-        small_model(**{"positions": "nowhere"} if readout == "mean" else {"readout": "nowhere"})
+def test_every_argument_of_the_model_shapes_it():
+    model = spt.Transformer(vocab_size=7, seq_len=11, n_classes=3, positions="learned", n_layers=3,
+                            d_model=24, n_heads=4, d_ff=20)
+    assert model.token_embedding.weight.shape == (8, 24)
+    assert model.positions.shape == (11, 24)
+    assert len(model.blocks) == 3
+    assert model.blocks[2].attention.n_heads == 4
+    assert model.blocks[2].mlp[0].weight.shape == (20, 24)
+    assert model.reconstruct(random_tokens(2, 11)).shape == (2, 11, 7)
+    assert model.classify(random_tokens(2, 11)).shape == (2, 3)
 
 
-# --- Masking, losses, the loop ---------------------------------------------------------------
-def test_masking_hides_a_binomial_share_and_nothing_else():
-    tokens, generators = random_tokens(400, 100), [torch.Generator().manual_seed(0) for _ in "ab"]
-    (corrupted, hidden), again = (spt.mask_tokens(tokens, 5, 0.3, one) for one in generators)
-    assert torch.equal(corrupted, torch.where(hidden, 5, tokens)) and torch.equal(again[1], hidden)
-    assert abs(hidden.sum().item() - 12_000) < 5 * math.sqrt(40_000 * 0.3 * 0.7)
-    assert hidden.sum(dim=1).double().var().item() == pytest.approx(100 * 0.3 * 0.7, rel=0.3)
+@pytest.mark.parametrize("positions", spt.POSITIONS)
+def test_only_without_positions_a_sequence_and_its_reverse_look_alike(positions):
+    model = small_model(positions=positions, n_layers=2).double()
+    tokens = random_tokens()
+    difference = model.classify(tokens) - model.classify(tokens.flip(1))
+    if positions == "none":
+        assert difference.abs().max() < 1e-12
+    else:
+        assert difference.abs().max() > 1e-6
 
 
-def test_masked_loss_counts_hidden_tokens_only_and_cannot_see_them():
-    model, tokens = small_model(), random_tokens()
-    corrupted, hidden = spt.mask_tokens(tokens, 5, 0.4)
-    log_p = model.reconstruct(corrupted).log_softmax(dim=-1).tolist()
-    by_loop = np.mean([-log_p[b][t][tokens[b, t]] for b, t in hidden.nonzero().tolist()])
-    # Of the true tokens only the hidden ones count.
-    loss = spt.masked_loss(model, torch.where(hidden, tokens, 0), corrupted, hidden).item()
-    assert loss == pytest.approx(by_loop) and loss == pytest.approx(math.log(5), abs=0.3)
-    assert spt.masked_loss(model, tokens, tokens, torch.zeros_like(hidden)).item() == 0
+def test_with_distances_alone_a_sequence_and_its_reverse_look_alike():
+    model = small_model(positions="none").double()
+    position = torch.arange(9)
+    distance = (position[:, None] - position).abs()
+    model.blocks[0].attention.score_bias = -distance.double()
+    tokens = random_tokens()
+    assert_close(model.classify(tokens), model.classify(tokens.flip(1)))
 
 
-def test_one_batch_can_be_overfitted():
-    x, model, steps = random_tokens(2), small_model(), []
-    masked = spt.pretrain(small_model(), x, mask_id=5, mask_ratio=0.1, steps=300)
-    labels = spt.finetune(model, x, LABELS[:2], steps=100, on_step=steps.append)
-    assert steps == list(range(1, 101)) and spt.accuracy(model, x, LABELS[[0, 0]]) == 0.5
-    assert masked[0] > 1 and labels[0] == pytest.approx(math.log(2), abs=0.3)
-    assert max(np.mean(masked[-20:]), np.mean(labels[-20:])) < 0.1
+def test_a_new_model_knows_nothing():
+    x, y = tasks.proximity(n=500, seq_len=9, vocab_size=5)
+    x = torch.from_numpy(x)
+    model = small_model()
+    corrupted, is_masked = spt.mask_tokens(x, 5, 0.3)
+    by_masks = spt.masked_loss(model, x, corrupted, is_masked).item()
+    by_labels = spt.label_loss(model, x, torch.from_numpy(y)).item()
+    assert by_masks == pytest.approx(math.log(5), abs=0.3)
+    assert by_labels == pytest.approx(math.log(2), abs=0.1)
 
 
-def test_adamw_of_torch_warms_up_and_then_follows_a_cosine_to_a_tenth(monkeypatch):
-    rates = []
-
-    def adamw(*weights, make=torch.optim.AdamW, **settings):
-        made = make(*weights, **settings)
-        made.register_step_pre_hook(lambda *_: rates.append(made.param_groups[0]["lr"]))
-        assert made.defaults["betas"] == (0.9, 0.999) and made.defaults["weight_decay"] == 0.01
-        return made
-    monkeypatch.setattr(torch.optim, "AdamW", adamw)
-    spt.finetune(small_model(), random_tokens(), LABELS, steps=40, lr=0.01)
-    quarter = 0.001 + 0.009 * (2 + math.sqrt(2)) / 4    # of the way down, after 10 % on the way up
-    assert len(rates) == 40 and [rates[step - 1] for step in (1, 2, 3, 4, 13, 22, 40)] \
-        == pytest.approx([0.0025, 0.005, 0.0075, 0.01, quarter, 0.0055, 0.001])
+# --- Masking and the two losses ----------------------------------------------------------------
+def test_masked_tokens_become_the_mask_symbol_and_the_others_stay():
+    tokens = random_tokens(400, 100)
+    corrupted, is_masked = spt.mask_tokens(tokens, 5, 0.3)
+    assert (corrupted[is_masked] == 5).all()
+    assert torch.equal(corrupted[~is_masked], tokens[~is_masked])
 
 
-# --- Probes ----------------------------------------------------------------------------------
-def test_attention_by_offset_equals_a_loop():
-    model, tokens, heads = small_model(n_layers=2).double(), random_tokens(), []
-    seen, x = spt.look(model, tokens), model.embed(tokens)
-    for block in model.blocks:
-        for head in block.attention(block.norm1(x), True)[1].mean(dim=0).tolist():
-            heads.append([sum(head[i][(i + o) % 9] for i in range(9)) / 9 for o in range(-4, 5)])
-        x, by_loop = block(x), np.array(heads)
-    assert np.array(seen["heads"]) == pytest.approx(by_loop) and by_loop.sum(1) == pytest.approx(1)
-    near, side = by_loop[:, 3] + by_loop[:, 5], by_loop[:, 5] - by_loop[:, 3]
-    assert [seen["near"], seen["side"]] == pytest.approx([near.max(), abs(side).max()])
+def test_the_number_of_masked_tokens_is_binomial():
+    _, is_masked = spt.mask_tokens(random_tokens(400, 100), 5, 0.3)
+    per_sequence = is_masked.sum(dim=1).double()
+    assert per_sequence.mean().item() == pytest.approx(30, abs=5 * math.sqrt(21 / 400))
+    assert per_sequence.var().item() == pytest.approx(21, rel=0.3)
 
 
-@pytest.mark.parametrize("positions", ["sinusoidal", "distance"])
-def test_the_pull_on_attention_agrees_with_finite_differences(positions):
-    model, tokens = small_model(positions=positions).double(), random_tokens()
-    attention, own = model.blocks[0].attention, model.blocks[0].attention.score_bias
-
-    def loss(offset=0, size=0.0):    # with the scores at one offset raised
-        if size:
-            extra = size * torch.eye(9).double().roll(offset, dims=1)[None]
-            attention.score_bias = extra if own is None else own + extra
-        return F.cross_entropy(model.classify(tokens), LABELS)
-    pull = spt.attention_pull(model, loss, 9).numpy()
-    assert attention.score_bias is own and abs(pull).max() > 1e-5
-    slopes = np.array([(loss(o, -1e-6) - loss(o, 1e-6)).item() / 2e-6 for o in range(9)])
-    assert pull == pytest.approx(slopes - slopes[1:].mean(), rel=1e-3, abs=1e-8)
+def test_the_same_generator_masks_the_same_tokens():
+    tokens = random_tokens()
+    _, first = spt.mask_tokens(tokens, 5, 0.3, torch.Generator().manual_seed(3))
+    _, again = spt.mask_tokens(tokens, 5, 0.3, torch.Generator().manual_seed(3))
+    _, other = spt.mask_tokens(tokens, 5, 0.3, torch.Generator().manual_seed(4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
-def test_the_pulls_on_the_neighbours_by_hand_and_by_symmetry():
-    model, tokens, found = small_model(positions="none").double(), random_tokens(), []
-    generator = torch.Generator().manual_seed(3)    # the draws of neighbour_pulls
-    for x, y in zip(tokens.split(8), LABELS.split(8)):
-        shuffled = x.gather(1, torch.rand(x.shape, generator=generator).argsort(dim=1))
-        hidden = torch.rand(x.shape, generator=generator) < 0.4
-        real, control, right, wrong = (spt.attention_pull(model, loss, 9).numpy() for loss in (
-            *(lambda z=z: spt.masked_loss(model, z, z.masked_fill(hidden, 5), hidden)
-              for z in (x, shuffled)),
-            *(lambda k=k: F.cross_entropy(model.classify(x), k) for k in (y, 1 - y))))
-        masked, label = real - control, (right - wrong) / 2
-        found.append([label[1] - label[8], label[1] + label[8], masked[1] + masked[8]])
-    by_hand = np.stack([np.mean(found, axis=0), np.std(found, axis=0, ddof=1) / 2], 1)
-    # Swapped labels pull the other way. Reversal exchanges left and right: it flips the side alone.
-    for x, y, signs in ((tokens, LABELS, [1, 1, 1]), (tokens, 1 - LABELS, [-1, -1, 1]),
-                        (tokens.flip(1), LABELS, [-1, 1])):    # the masks are not reversed
-        pulls = spt.neighbour_pulls(model, x, y, mask_id=5, mask_ratio=0.4, batch_size=8, seed=3)
-        for name, pair, sign in zip(["labels side", "labels near", "masked near"], by_hand, signs):
-            assert pulls[name] == pytest.approx(pair * [sign, 1], rel=1e-6)
+def test_an_unknown_token_which_is_the_mask_symbol_is_never_a_target():
+    tokens = random_tokens()
+    tokens[:, 2] = 5
+    _, is_masked = spt.mask_tokens(tokens, 5, 0.9)
+    assert not is_masked[:, 2].any()
+    assert is_masked[:, 3].any()
 
 
-# --- Whole runs ------------------------------------------------------------------------------
-def test_same_seed_same_bits_and_pretraining_changes_neither_data_nor_weights():
-    first, again, other, labels = (spt.run(replace(SMALL, **changes)) for changes in (
-        dict(spt=True), dict(spt=True), dict(spt=True, seed=1), {}))
-    assert first == again and first["looks"]["start"] == labels["looks"]["start"]
-    assert all(first[k] == labels[k] for k in ("counting", "best_possible", "total_steps"))
-    assert [s for s, _ in first["curve"]] == [7, 8, 9, 10] == [s for s, _ in labels["curve"]][6:]
-    (_, (x, y, *_)), (_, (z, *_)) = (spt.load_data(replace(SMALL, seed=seed)) for seed in (0, 1))
-    a, b, c = (spt.finetune(spt.new_model(SMALL, y, start), x, y, steps=3, seed=batches)
-               for start, batches in ((0, 0), (1, 0), (0, 1)))
-    assert b != a != c and (x != z).any() and first["looks"] != other["looks"]
+def test_masked_loss_is_the_mean_over_masked_tokens():
+    model = small_model()
+    tokens = random_tokens()
+    corrupted, is_masked = spt.mask_tokens(tokens, 5, 0.4)
+    log_p = model.reconstruct(corrupted).log_softmax(dim=-1)
+    losses = []
+    for b, t in is_masked.nonzero().tolist():
+        losses.append(-log_p[b, t, tokens[b, t]].item())
+    loss = spt.masked_loss(model, tokens, corrupted, is_masked)
+    assert loss.item() == pytest.approx(np.mean(losses))
 
 
-@pytest.mark.parametrize("arm, freeze", [("labels", False), ("all", False), ("all", True),
-                                         ("qk", False), ("not-qk", False)])
-def test_what_is_handed_over_to_fine_tuning(arm, freeze, monkeypatch):
-    # Weights before and after each phase, its seed and steps; largest tokens of the last one.
-    seen, asked, shown = [], [], set()
-
-    def watched(model, *rest, train=spt.train, **settings):
-        shown.clear()
-        asked.append((settings["seed"], settings["steps"]))
-        model.token_embedding.register_forward_pre_hook(lambda _, x: shown.add(x[0].max().item()))
-        seen.append(copy.deepcopy(model.state_dict()))
-        losses = train(model, *rest, **settings)
-        seen.append(copy.deepcopy(model.state_dict()))
-        return losses
-    monkeypatch.setattr(spt, "train", watched)
-    changes = {} if arm == "labels" else dict(spt=True, transfer=arm)
-    config = replace(SMALL, freeze_qk=freeze, n_layers=2, seed=7, **changes)
-    spt.run(config)
-    start, (*pretraining, handed, last) = spt.new_model(config, LABELS, 7).state_dict(), seen
-    names, head, unused, norms, query, key = ({name for name in start if part in name} for part in (
-        "", "class_head", "reconstruction_head", "norm", ".query.", ".key."))
-
-    def alike(a, b):
-        return {name for name in names if torch.equal(a[name], b[name])}
-    # What is copied alone meets another random start, which shares only the norms with this one.
-    assert alike(start, handed) == dict(labels=names, all=head, qk=norms).get(arm, set())
-    if pretraining:
-        assert alike(start, pretraining[0]) == names
-        assert alike(pretraining[1], handed) == {
-            "all": names, "qk": query | key, "not-qk": names - query - key - head}[arm]
-    assert alike(handed, last) == unused | (query | key if freeze else set())
-    # 5 is the mask symbol; both arms have 10 steps.
-    assert shown == {4} and asked == ([(7, 6), (7, 4)] if pretraining else [(7, 10)])
+def test_masked_loss_does_not_count_tokens_that_were_not_masked():
+    model = small_model()
+    tokens = random_tokens()
+    corrupted, is_masked = spt.mask_tokens(tokens, 5, 0.4)
+    others_changed = torch.where(is_masked, tokens, 0)
+    loss = spt.masked_loss(model, tokens, corrupted, is_masked)
+    assert_close(spt.masked_loss(model, others_changed, corrupted, is_masked), loss)
 
 
-def test_the_gap_end_to_end(tmp_path, capsys):
-    for flags in (["--spt"], []):
-        assert spt.main(["--task", "proximity", "--json", f"{tmp_path}/r", *flags]) == 0
-    ours, labels = map(json.loads, (tmp_path / "r").read_text().splitlines())
-    assert min(ours["test"], ours["train"]) >= 0.95 and labels["test"] <= 0.6
-    start, near, side = ours["looks"].values()
-    assert near["near"] > 5 * 2 / 64 > start["near"] and near["side"] < 0.1 < 0.2 < side["side"]
-    assert ours["side"] == side["side"] and len(side["heads"][0]) == 33
-    assert ours["masked_loss"] == pytest.approx([math.log(8), 1.7], abs=0.15)
-    for result, before in ((ours, ours["config"]["pretrain_steps"]), (labels, 0)):
-        steps, correct = np.array(result["curve"]).T * [[1], [1000]]    # of the whole test set
-        assert list(steps) == [s for s in range(60, 601, 60) if s > before]
-        assert np.allclose(correct, correct.round()) and correct[-1] == 1000 * result["test"]
-        assert result["steps_to_95"] == next((s for s, r in result["curve"] if r >= 0.95), None)
-    out = capsys.readouterr().out
-    assert max(map(len, out.splitlines())) <= 80
-    # README shows the first of the two: text and numbers in turn, without the bars.
-    shown, printed = (re.split(r"(\d[\d.]*)", re.sub("[▁-█]", "", text))
-                      for text in (blocks("text")[0], out))
-    for a, b in zip(shown[:-1], printed):
-        assert a == b or float(a) == pytest.approx(float(b), abs=0.05, rel=0.3)
+def test_masked_loss_is_0_where_nothing_is_masked():
+    tokens = random_tokens()
+    nothing = torch.zeros(tokens.shape, dtype=torch.bool)
+    assert spt.masked_loss(small_model(), tokens, tokens, nothing).item() == 0
 
 
-def test_compare_gives_the_bits_of_single_runs_for_any_number_of_jobs(tmp_path):
-    alone, written = json.loads(json.dumps(spt.run(replace(SMALL, spt=True)))), []
-    for jobs in ("1", "2"):
-        subprocess.run([sys.executable, spt.__file__, "--compare", "--seeds=1", "--jobs", jobs,
-                        "--json", tmp_path / jobs, *FLAGS], check=True)
-        written.append([json.loads(line) | dict(config=None) for line in (tmp_path / jobs).open()])
-    assert written[0] == written[1] and len(written[0]) == 4
-    assert written[0][-1] == alone | dict(config=None, row="SPT")
+# --- The training loop -------------------------------------------------------------------------
+@pytest.mark.parametrize("step, rate", [
+    (0, 0.0025), (1, 0.005), (2, 0.0075), (3, 0.01), (21, 0.0055), (39, 0.001),
+    # A quarter of the way down, cos 45° = √2 / 2.
+    (12, 0.001 + 0.009 * (1 + math.sqrt(2) / 2) / 2)])
+def test_the_rate_warms_up_and_then_follows_a_cosine_to_a_tenth(step, rate):
+    assert spt.learning_rate(step, 40, 0.01) == pytest.approx(rate)
 
 
-def test_own_data_are_split_and_saved_weights_come_back(tmp_path, monkeypatch):
+class RecordedAdamW(torch.optim.AdamW):
+    """AdamW that notes its rate at each step, and its settings."""
+    made = []
+
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        self.rates = []
+        RecordedAdamW.made.append(self)
+
+    def step(self):
+        self.rates.append(self.param_groups[0]["lr"])
+        super().step()
+
+
+@pytest.fixture
+def optimizers(monkeypatch):
+    """The optimizers that are made in this test."""
+    RecordedAdamW.made = []
+    monkeypatch.setattr(torch.optim, "AdamW", RecordedAdamW)
+    return RecordedAdamW.made
+
+
+def test_every_step_takes_its_rate(optimizers):
+    spt.finetune(small_model(), random_tokens(), LABELS, steps=40, lr=0.02, progress=False)
+    expected = [spt.learning_rate(step, 40, 0.02) for step in range(40)]
+    assert optimizers[0].rates == expected
+
+
+def test_the_optimizer_is_adamw_with_its_own_defaults(optimizers):
+    spt.finetune(small_model(), random_tokens(), LABELS, steps=1, progress=False)
+    assert optimizers[0].defaults["betas"] == (0.9, 0.999)
+    assert optimizers[0].defaults["weight_decay"] == 0.01
+
+
+def test_a_batch_of_labels_can_be_learned_by_heart():
+    losses = spt.finetune(small_model(), random_tokens(4), LABELS[:4], steps=150, progress=False)
+    assert np.mean(losses[-20:]) < 0.1
+
+
+def test_a_batch_of_tokens_can_be_learned_by_heart():
+    losses = spt.pretrain(small_model(), random_tokens(2), mask_id=5, mask_ratio=0.1, steps=300,
+                          progress=False)
+    assert np.mean(losses[-20:]) < 0.1
+
+
+def test_on_step_is_called_after_every_step():
+    steps = []
+    spt.finetune(small_model(), random_tokens(), LABELS, steps=5, on_step=steps.append)
+    assert steps == [1, 2, 3, 4, 5]
+
+
+def test_batches_depend_on_the_seed():
+    start = small_model()
+    tokens = random_tokens()
+    runs = []
+    for seed in (1, 1, 2):
+        model = copy.deepcopy(start)
+        runs.append(spt.finetune(model, tokens, LABELS, steps=3, seed=seed))
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+class Dropped(torch.nn.Module):
+    """An encoder with dropout, which notes in which mode it is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(9, 2)
+        self.modes = []
+
+    def classify(self, tokens):
+        self.modes.append(self.training)
+        return self.linear(tokens.float())
+
+
+def test_training_is_in_training_mode_and_accuracy_is_not():
+    model = Dropped()
+    spt.accuracy(model, random_tokens(), LABELS)
+    spt.finetune(model, random_tokens(), LABELS, steps=1)
+    assert model.modes == [False, True]
+
+
+def test_training_goes_on_in_training_mode_after_a_measurement():
+    model = Dropped()
+    tokens = random_tokens()
+
+    def measure(step):
+        spt.accuracy(model, tokens, LABELS)
+
+    spt.finetune(model, tokens, LABELS, steps=2, on_step=measure)
+    assert model.modes == [True, False, True, False]
+
+
+def test_accuracy_counts_the_last_and_smaller_batch_too():
+    model = small_model()
+    tokens = random_tokens(33)
+    predicted = model.classify(tokens).argmax(dim=-1)
+    assert spt.accuracy(model, tokens, predicted) == 1
+    wrong_at_last = predicted.clone()
+    wrong_at_last[-1] = 1 - wrong_at_last[-1]
+    assert spt.accuracy(model, tokens, wrong_at_last) == 32 / 33
+
+
+# --- Where attention starts --------------------------------------------------------------------
+def test_near_start_has_key_equal_to_query_three_times_as_large_in_every_block():
+    model = small_model(n_layers=2)
+    before = copy.deepcopy(model)
+    spt.start_attention(model, "near")
+    for block, block_before in zip(model.blocks, before.blocks):
+        three_times = 3 * block_before.attention.query.weight
+        assert_close(block.attention.query.weight, three_times)
+        assert_close(block.attention.key.weight, three_times)
+
+
+@pytest.mark.parametrize("start, changed", [
+    ("random", []), ("near", ["query", "key"]), ("uniform", ["query"])])
+def test_a_start_changes_no_other_weights(start, changed):
+    model = small_model()
+    before = copy.deepcopy(model).state_dict()
+    spt.start_attention(model, start)
+    for name, weight in model.state_dict().items():
+        expected = any(f".{part}." in name for part in changed)
+        assert (not torch.equal(weight, before[name])) == expected, name
+
+
+def test_near_start_makes_scores_symmetric():
+    model = small_model().double()
+    spt.start_attention(model, "near")
+    attention = model.blocks[0].attention
+    x = torch.randn(2, 9, 32).double()
+    q = attention.split_heads(attention.query(x))
+    k = attention.split_heads(attention.key(x))
+    scores = q @ k.mT
+    assert_close(scores, scores.mT)
+
+
+def test_near_start_looks_near_and_the_random_start_does_not():
+    model = spt.Transformer(vocab_size=8, seq_len=64)
+    tokens = torch.randint(8, (32, 64))
+    assert spt.on_neighbours(spt.look(model, tokens)) < 0.05    # uniform: 2 / 64 = 0.03
+    spt.start_attention(model, "near")
+    assert spt.on_neighbours(spt.look(model, tokens)) > 0.06
+
+
+def test_uniform_start_attends_to_all_positions_alike():
+    model = small_model(n_layers=2)
+    spt.start_attention(model, "uniform")
+    looks = spt.look(model, random_tokens())
+    assert_close(looks, torch.full((2, 2, 9), 1 / 9))
+
+
+def test_an_unknown_start_is_refused():
+    with pytest.raises(ValueError, match="sideways"):
+        spt.start_attention(small_model(), "sideways")
+
+
+@pytest.mark.parametrize("which, parts", [
+    ("qk", ["query", "key"]),
+    ("rest", ["token_embedding", "value", "out", "mlp", "reconstruction_head"]),
+    ("all", ["token_embedding", "query", "key", "value", "out", "mlp", "reconstruction_head"])])
+def test_a_transfer_copies_these_parts_and_no_others(which, parts):
+    source = small_model()
+    target = small_model()
+    before = copy.deepcopy(target).state_dict()
+    spt.transfer(source, target, which)
+    for name, weight in target.state_dict().items():
+        if torch.equal(before[name], source.state_dict()[name]):
+            continue    # norms and fixed positions: the same in all models
+        wanted = any(part in name.split(".") for part in parts)
+        expected = source.state_dict()[name] if wanted else before[name]
+        assert torch.equal(weight, expected), name
+
+
+def test_an_unknown_transfer_is_refused():
+    with pytest.raises(ValueError, match="half"):
+        spt.transfer(small_model(), small_model(), "half")
+
+
+# --- Where attention looks ---------------------------------------------------------------------
+def test_by_offset_equals_a_loop():
+    x = torch.randn(3, 5, 5)
+    summed = spt.by_offset(x)
+    for offset in range(5):
+        pairs = [x[:, i, (i + offset) % 5] for i in range(5)]
+        assert_close(summed[:, offset], sum(pairs))
+
+
+def test_look_is_the_mean_attention_of_each_head_by_offset():
+    model = small_model(n_layers=2)
+    tokens = random_tokens()
+    looks = spt.look(model, tokens)
+    second = model.blocks[1]
+    x = model.blocks[0](model.embed(tokens))
+    _, weights = second.attention(second.norm1(x), return_weights=True)
+    for head in range(2):
+        for offset in range(9):
+            seen = [weights[:, head, i, (i + offset) % 9].mean() for i in range(9)]
+            assert_close(looks[1, head, offset], sum(seen).detach() / 9)
+
+
+def test_on_neighbours_is_both_sides_of_the_head_that_has_most():
+    looks = torch.zeros(2, 2, 9)
+    looks[0, 1, 1] = 0.5
+    looks[0, 1, -1] = 0.25
+    looks[1, 0, 1] = 0.6
+    assert spt.on_neighbours(looks) == 0.75
+
+
+@pytest.mark.parametrize("n_layers", [1, 2])
+def test_a_pull_agrees_with_finite_differences(n_layers):
+    model = small_model(n_layers=n_layers).double()
+    tokens = random_tokens()
+
+    def loss_with(offset, size):
+        """The loss after the scores of all pairs at this offset have been raised by `size`."""
+        extra = size * torch.eye(9).double().roll(offset, dims=1)
+        for block in model.blocks:
+            block.attention.score_bias = extra
+        return spt.label_loss(model, tokens, LABELS).item()
+
+    slopes = []
+    for offset in range(9):
+        slopes.append((loss_with(offset, 1e-5) - loss_with(offset, -1e-5)) / 2e-5)
+    pull = -np.array(slopes)
+    pull = pull - pull[1:].mean()
+    found = spt.attention_pull(model, spt.label_loss, tokens, LABELS)
+    assert found.numpy() == pytest.approx(pull, rel=1e-3, abs=1e-8)
+    assert abs(pull[1]) > 1e-6
+
+
+def test_a_pull_leaves_the_model_as_it_was():
+    model = small_model()
+    spt.attention_pull(model, spt.label_loss, random_tokens(), LABELS)
+    assert model.blocks[0].attention.score_bias is None
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_reversed_sequences_pull_the_other_way():
+    model = small_model(positions="none").double()
+    tokens = random_tokens()
+    pull = spt.attention_pull(model, spt.label_loss, tokens, LABELS)
+    mirrored = spt.attention_pull(model, spt.label_loss, tokens.flip(1), LABELS)
+    assert_close(mirrored[1], pull[-1])
+    assert pull[1] != pull[-1]
+
+
+# --- One run -----------------------------------------------------------------------------------
+def test_a_run_is_pretrain_finetune_and_accuracy_to_the_bit():
+    config = replace(SMALL, spt=True, batch_size=7, seed=3, pretrain_lr=0.02, lr=0.003,
+                     mask_ratio=0.4, n_layers=2, d_model=16, n_heads=1, d_ff=20, signal=0.8)
+    x, y, x_test, y_test = map(torch.from_numpy, tasks.make_task(
+        "proximity", n_train=64, n_test=32, seq_len=9, vocab_size=5, signal=0.8, seed=3))
+    torch.manual_seed(3)
+    model = spt.Transformer(5, 9, 2, n_layers=2, d_model=16, n_heads=1, d_ff=20)
+    losses = spt.pretrain(model, x, mask_id=5, mask_ratio=0.4, steps=6, lr=0.02, batch_size=7,
+                          seed=3)
+    spt.finetune(model, x, y, steps=4, lr=0.003, batch_size=7, seed=3)
+    result, trained = spt.run(config)
+    assert_close(trained.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert result["masked_loss"] == [np.mean(losses), np.mean(losses)]
+    assert result["train"] == spt.accuracy(model, x, y)
+    assert result["test"] == spt.accuracy(model, x_test, y_test)
+
+
+def test_labels_alone_get_all_steps_in_one_phase():
+    config = replace(SMALL, batch_size=7, seed=3, lr=0.003)
+    x, y, _, _ = map(torch.from_numpy, tasks.make_task(
+        "proximity", n_train=64, n_test=32, seq_len=9, vocab_size=5, seed=3))
+    torch.manual_seed(3)
+    model = spt.Transformer(5, 9, 2)
+    spt.finetune(model, x, y, steps=10, lr=0.003, batch_size=7, seed=3)
+    result, trained = spt.run(config)
+    assert_close(trained.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert result["total_steps"] == 10
+
+
+def test_the_same_config_gives_the_same_numbers_and_another_seed_others():
+    first, _ = spt.run(replace(SMALL, spt=True))
+    again, _ = spt.run(replace(SMALL, spt=True))
+    other, _ = spt.run(replace(SMALL, spt=True, seed=1))
+    assert first == again
+    assert first["looks"]["start"] != other["looks"]["start"]
+    assert first["masked_loss"] != other["masked_loss"]
+
+
+def test_both_arms_share_data_start_weights_and_the_total_of_steps():
+    ours, _ = spt.run(replace(SMALL, spt=True))
+    labels, _ = spt.run(SMALL)
+    for name in ("counting", "best_possible", "frequency_loss", "total_steps"):
+        assert ours[name] == labels[name]
+    assert ours["looks"]["start"] == labels["looks"]["start"]
+
+
+# For every field of Config: a flag that is not its default, and what to look for where it acts.
+# Each entry is (flags, what of the run's trace, its value).
+WIRING = {
+    "task": (["--task", "texture", "--seq-len", "16"], "task", "texture"),
+    "spt": (["--spt"], "steps", [6, 4]),
+    "start": (["--start", "near"], "start", "near"),
+    "freeze_qk": (["--freeze-qk"], "trainable", ["out", "value"]),
+    "transfer": (["--spt", "--transfer", "rest"], "transfer", "rest"),
+    "seed": (["--seed", "4"], "seeds", [4]),
+    "n_train": (["--n-train", "50"], "n_train", 50),
+    "n_test": (["--n-test", "20"], "n_test", 20),
+    "seq_len": (["--seq-len", "12"], "seq_len", 12),
+    "vocab_size": (["--vocab-size", "6"], "n_symbols", 6),
+    "signal": (["--signal", "0.9"], "signal", 0.9),
+    "text": (["--text", "some.txt", "--seq-len", "30"], "path", "some.txt"),
+    "data": (["--data", "mine.npz"], "path", "mine.npz"),
+    "positions": (["--positions", "rotary"], "rotary", True),
+    "n_layers": (["--n-layers", "3"], "n_layers", 3),
+    "d_model": (["--d-model", "16"], "d_model", 16),
+    "n_heads": (["--n-heads", "4"], "n_heads", 4),
+    "d_ff": (["--d-ff", "20"], "d_ff", 20),
+    "pretrain_steps": (["--spt", "--pretrain-steps", "7"], "steps", [7, 4]),
+    "finetune_steps": (["--spt", "--finetune-steps", "5"], "steps", [6, 5]),
+    "batch_size": (["--batch-size", "7"], "batch_size", 7),
+    "pretrain_lr": (["--spt", "--pretrain-lr", "0.02"], "rates", [0.02, 0.005]),
+    "lr": (["--lr", "0.02"], "rates", [0.02]),
+    "mask_ratio": (["--spt", "--mask-ratio", "0.9"], "masked", 0.9),
+}
+
+
+def test_the_table_of_wiring_has_every_field():
+    # The device has a test of its own: its other values are not on every machine.
+    assert set(WIRING) | {"device"} == {f.name for f in fields(spt.Config)}
+
+
+class Trace(dict):
+    """What a run of the command line did, seen where it acts."""
+
+    def watch(self, monkeypatch):
+        """Note what each piece is given, and pass it on."""
+        for name in ("train", "mask_tokens", "start_attention", "transfer", "label_loss"):
+            self.watch_one(monkeypatch, spt, name)
+        for name in ("make_task", "text", "from_file"):
+            self.watch_one(monkeypatch, tasks, name)
+
+    def watch_one(self, monkeypatch, module, name):
+        original = getattr(module, name)
+        note = getattr(self, "note_" + name)
+
+        def watched(*arguments, **settings):
+            note(*arguments, **settings)
+            return original(*arguments, **settings)
+
+        monkeypatch.setattr(module, name, watched)
+
+    def note_train(self, model, batch_loss, n, **settings):
+        block = model.blocks[0]
+        self["n_train"] = n
+        self["n_layers"] = len(model.blocks)
+        self["n_heads"] = block.attention.n_heads
+        self["rotary"] = block.attention.rotary
+        self["d_ff"], self["d_model"] = block.mlp[0].weight.shape
+        self["n_symbols"] = model.reconstruction_head.out_features
+        self.setdefault("steps", []).append(settings["steps"])
+        self.setdefault("rates", []).append(settings["lr"])
+        self.setdefault("seeds", []).append(settings["seed"])
+        trainable = set()
+        for name, weight in block.attention.named_parameters():
+            if weight.requires_grad:
+                trainable.add(name.split(".")[0])
+        self["trainable"] = sorted(trainable)
+
+    def note_mask_tokens(self, tokens, mask_id, mask_ratio, generator):
+        self["masked"] = mask_ratio
+
+    def note_start_attention(self, model, start):
+        self["start"] = start
+
+    def note_transfer(self, source, target, which):
+        self["transfer"] = which
+
+    def note_label_loss(self, model, tokens, labels):
+        self["batch_size"], self["seq_len"] = tokens.shape
+
+    def note_make_task(self, name, **settings):
+        self["task"] = name
+        self["n_test"] = settings["n_test"]
+        self["signal"] = settings["signal"]
+
+    def note_text(self, path, **settings):
+        self["path"] = path
+
+    def note_from_file(self, path, seed):
+        self["path"] = path
+
+
+TINY = {"--n-train": "64", "--n-test": "32", "--seq-len": "9", "--vocab-size": "5",
+        "--pretrain-steps": "6", "--finetune-steps": "4"}
+
+
+def with_tiny_sizes(flags):
+    """The flags, and those of TINY that are not among them and may go with them."""
+    sizes = []
+    for flag, value in TINY.items():
+        decided_by_file = "--data" in flags and flag in (
+            "--n-train", "--n-test", "--seq-len", "--vocab-size")
+        if flag not in flags and not decided_by_file:
+            sizes += [flag, value]
+    return flags + sizes
+
+
+@pytest.mark.parametrize("field", WIRING)
+def test_a_flag_arrives_where_it_acts(field, monkeypatch, tmp_path):
+    flags, what, value = WIRING[field]
     monkeypatch.chdir(tmp_path)
-    tokens = np.random.default_rng(0).integers(5, size=(100, 12))
-    labels = np.array(["cat", "dog", "eel"])[tokens[:, 0] % 3]
-    for name, more in ("d", {}), ("own", dict(test_tokens=tokens[9:], test_labels=labels[9:])):
-        np.savez(name, tokens=tokens, labels=labels, **more)
-    assert [len(part) for part in tasks.from_file("own.npz")] == [100, 100, 91, 91]
-    x, y, x_test, y_test = map(torch.from_numpy, tasks.from_file("d.npz"))
-    both = torch.cat([x, x_test])
-    assert (len(x_test), len(both.unique(dim=0))) == (20, 100)
-    assert (both[:, 0] % 3 == torch.cat([y, y_test])).all()
-    assert spt.main([*FLAGS, "--data=d.npz", "--readout=all", "--save=m.pt", "--json=r"]) == 0
-    result, saved = json.loads(Path("r").read_text()), torch.load("m.pt", weights_only=True)
-    model = spt.Transformer(**saved["arguments"])
-    model.load_state_dict(saved["weights"])
-    assert spt.accuracy(model, x_test, y_test) == result["test"] and model.readout == "all"
-    assert spt.look(model, x_test) == result["looks"]["label training"]
+    rng = np.random.default_rng(0)
+    Path("some.txt").write_text("".join(rng.choice(list("abcdefghijkl "), 3000)), encoding="utf-8")
+    np.savez("mine.npz", tokens=rng.integers(5, size=(40, 9)), labels=np.arange(40) % 2)
+    trace = Trace()
+    trace.watch(monkeypatch)
+    assert spt.main(with_tiny_sizes(flags)) == 0
+    assert trace[what] == value
 
 
-# --- Many runs and claims --------------------------------------------------------------------
-def result_of(config, test, train, steps):
-    """What `run` would return, with these numbers."""
-    return dict(arm="?", total_steps=10, train=train, test=test, steps_to_95=steps, near=0.3,
-                side=0.1, chance=0.5, counting=0.5, best_possible=None, masked_loss=None, curve=[],
-                looks={"start": {"heads": [[0.02] * 33]}}, n_weights=9, config=asdict(config))
+def test_the_device_decides_where_data_and_weights_live(monkeypatch):
+    # "meta" is a device that every machine has, though no flag names it.
+    monkeypatch.setattr(spt.Config, "__post_init__", lambda config: None)
+    config = replace(SMALL, device="meta")
+    _, tensors = spt.load_data(config)
+    model = spt.new_model(config, 2, seed=0)
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert {weight.device.type for weight in model.parameters()} == {"meta"}
 
 
-def test_labels_keep_the_best_of_three_rates_and_spt_has_one(capsys, monkeypatch):
-    asked = []
+@pytest.mark.parametrize("spt_arm", [False, True])
+def test_no_test_sequence_is_seen_in_training(spt_arm, monkeypatch):
+    config = replace(SMALL, spt=spt_arm)
+    _, model = spt.run(config)
+    original = tasks.make_task
+
+    def poisoned(name, **settings):
+        x, y, x_test, y_test = original(name, **settings)
+        return x, y, 4 - x_test, 1 - y_test
+
+    monkeypatch.setattr(tasks, "make_task", poisoned)
+    _, other = spt.run(config)
+    assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_train_and_test_accuracy_are_of_the_parts_they_name(monkeypatch):
+    original = tasks.make_task
+
+    def told(name, **settings):
+        # The test labels are all 0, and so are a quarter of the training labels.
+        x, y, x_test, y_test = original(name, **settings)
+        return x, (np.arange(64) % 4 > 0).astype(int), x_test, 0 * y_test
+
+    monkeypatch.setattr(tasks, "make_task", told)
+    monkeypatch.setattr(spt.Transformer, "classify",
+                        lambda model, x: model.class_head.bias * 0 + torch.eye(2)[[0] * len(x)])
+    result, _ = spt.run(SMALL)
+    assert result["train"] == 0.25
+    assert result["test"] == 1.0
+    assert result["chance"] == 1.0
+
+
+@pytest.mark.parametrize("spt_arm", [False, True])
+def test_frozen_maps_keep_their_bits_through_both_phases_and_the_others_move(spt_arm):
+    config = replace(SMALL, spt=spt_arm, freeze_qk=True, n_layers=2, start="near")
+    start = spt.new_model(config, 2, seed=0).state_dict()
+    _, model = spt.run(config)
+    for name, weight in model.state_dict().items():
+        held = ".query." in name or ".key." in name or name == "positions"
+        unused = name.startswith("reconstruction_head") and not spt_arm
+        assert torch.equal(weight, start[name]) == (held or unused), name
+
+
+def test_a_transfer_meets_weights_of_another_random_start(monkeypatch):
+    handed_over = []
+
+    def transfer(source, target, which):
+        handed_over.append((source.state_dict(), target.state_dict()))
+
+    monkeypatch.setattr(spt, "transfer", transfer)
+    _, model = spt.run(replace(SMALL, spt=True, transfer="qk"))
+    pretrained, other = handed_over[0]
+    same_start = spt.new_model(SMALL, 2, seed=0).state_dict()
+    name = "blocks.0.attention.value.weight"
+    assert not torch.equal(other[name], pretrained[name])
+    assert not torch.equal(other[name], same_start[name])
+
+
+def test_a_task_has_its_recipe_and_flags_overrule_it():
+    assert spt.recipe(task="text").vocab_size == 41
+    assert spt.recipe(text="a.txt").task == "text"
+    assert spt.recipe(data="a.npz").task == "data"
+    assert spt.recipe(task="bag").signal == 0.2
+    assert spt.recipe(task="bag", signal=0.4).signal == 0.4
+
+
+def test_own_data_decide_the_sizes_and_have_no_best_possible_accuracy(tmp_path):
+    path = tmp_path / "bag.npz"    # the name of a task
+    tokens = np.random.default_rng(0).integers(5, size=(40, 12)) * 1000
+    np.savez(path, tokens=tokens, labels=np.arange(40) % 3)
+    result, model = spt.run(spt.recipe(data=str(path), pretrain_steps=1, finetune_steps=1))
+    assert result["config"]["seq_len"] == 12
+    assert result["config"]["vocab_size"] == 5
+    assert model.class_head.out_features == 3
+    assert result["best_possible"] is None
+
+
+def test_masked_loss_on_test_is_that_of_test_sequences():
+    model = small_model()
+    tokens = random_tokens(32)
+    config = replace(SMALL, seed=3, mask_ratio=0.4)
+    generator = torch.Generator().manual_seed(3)
+    corrupted, is_masked = spt.mask_tokens(tokens, 5, 0.4, generator)
+    loss = spt.masked_loss(model, tokens, corrupted, is_masked)
+    assert spt.masked_loss_on_test(model, tokens, config) == pytest.approx(loss.item())
+
+
+def test_frequency_loss_is_the_entropy_of_the_tokens():
+    tokens = torch.tensor([[0, 0, 0, 0], [1, 1, 2, 3]])
+    entropy = 0.5 * math.log(2) + 0.25 * math.log(4) + 2 * 0.125 * math.log(8)
+    assert spt.frequency_loss(tokens) == pytest.approx(entropy)
+
+
+# --- The gap itself ----------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def headline():
+    """The result of `python spt.py --task proximity --spt`."""
+    result, _ = spt.run(spt.Config(spt=True))
+    return result
+
+
+def test_spt_is_near_perfect(headline):
+    assert headline["test"] >= 0.99
+    assert headline["train"] >= 0.99
+
+
+def test_after_masks_heads_look_near_and_mostly_at_their_own_position(headline):
+    looks = torch.tensor(headline["looks"]["pretraining"])
+    assert looks.argmax(dim=-1).tolist() == [[0, 0]]
+    assert spt.on_neighbours(looks) > 5 * 2 / 64    # five times uniform attention
+
+
+def test_at_the_start_attention_is_nearly_uniform(headline):
+    looks = torch.tensor(headline["looks"]["start"])
+    assert looks.max() < 2 / 64
+
+
+def test_masked_loss_falls_from_knowing_nothing_to_knowing_neighbours(headline):
+    first, last = headline["masked_loss"]
+    assert first == pytest.approx(math.log(8), abs=0.1)
+    assert last < 1.75
+    assert headline["test_masked_loss"] < 1.75
+
+
+def test_labels_alone_stay_near_chance():
+    result, _ = spt.run(spt.Config())
+    assert result["test"] <= 0.6
+
+
+def test_labels_alone_succeed_from_the_near_start():
+    result, _ = spt.run(spt.Config(start="near", lr=0.01))
+    assert result["test"] >= 0.95
+
+
+def test_spt_fails_with_query_and_key_maps_frozen_at_random():
+    result, _ = spt.run(spt.Config(spt=True, freeze_qk=True))
+    assert result["test"] <= 0.6
+
+
+def test_the_headline_result_stands_in_readme(headline):
+    rows = re.findall(r"^SPT, seed 0 +(\S+) +(\S+)", readme(), re.M)
+    assert len(rows) == 1
+    train, test = map(float, rows[0])
+    assert headline["train"] == pytest.approx(train, abs=0.01)
+    assert headline["test"] == pytest.approx(test, abs=0.01)
+
+
+# --- The comparison and the claims -------------------------------------------------------------
+class FakePool:
+    """Runs nothing: a result depends on the config by a rule of the test."""
+
+    def __init__(self, rule):
+        self.rule = rule
+        self.configs = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return False
+
+    def imap(self, function, configs):
+        for config in configs:
+            self.configs.append(config)
+            yield result_with(config, self.rule(config))
+
+
+def result_with(config, test):
+    """What `run` returns, with this test accuracy."""
+    result, _ = spt.run(replace(SMALL, spt=config.spt, pretrain_steps=1, finetune_steps=1))
+    result["config"] = vars(config).copy()
+    result["test"] = test
+    return result
+
+
+@pytest.fixture
+def fake_pool(monkeypatch):
+    """Installs a pool whose results follow a rule, (config) -> test accuracy."""
+    def install(rule):
+        pool = FakePool(rule)
+        monkeypatch.setattr(spt, "start_workers", lambda jobs: pool)
+        return pool
+    return install
+
+
+def compare_row_value(out, row):
+    """Mean test accuracy in a printed row of `--compare`."""
+    line = [line for line in out.splitlines() if line.startswith(row)][0]
+    return line.split("±")[1].split()[1]
+
+
+def test_compare_runs_seven_rows_on_the_same_seeds(fake_pool):
+    pool = fake_pool(lambda config: 0.5)
+    assert spt.main(["--compare", "--seed", "4", "--seeds", "2"]) == 0
+    labels = [c for c in pool.configs if not c.spt]
+    starts = [(c.start, c.lr, c.seed) for c in labels]
+    expected = []
+    for start in ("random", "near"):
+        for rate in (0.002, 0.005, 0.01):
+            expected += [(start, rate, 4), (start, rate, 5)]
+    assert starts == expected
+    ours = [(c.spt, c.start, c.lr, c.seed) for c in pool.configs if c.spt]
+    assert ours == [(True, "random", 0.005, 4), (True, "random", 0.005, 5)]
+
+
+def test_compare_prints_the_mean_and_spread_of_the_results_of_each_row(fake_pool, capsys):
+    fake_pool(lambda config: config.lr * 10 + 0.2 * config.spt + 0.2 * config.seed)
+    spt.main(["--compare", "--seeds", "2"])
+    out = capsys.readouterr().out
+    for row, text in (("labels, lr 0.002", "0.120 ± 0.141"),
+                      ("labels, near start, lr 0.01", "0.200 ± 0.141"),
+                      ("SPT, lr 0.005", "0.350 ± 0.141")):
+        line = [line for line in out.splitlines() if line.startswith(row)][0]
+        assert text in line
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_compare_passes_the_flags_of_a_run_on_to_every_row(fake_pool):
+    pool = fake_pool(lambda config: 0.5)
+    spt.main(["--compare", "--seeds", "1", "--n-layers", "2", "--positions", "rotary"])
+    assert {(c.n_layers, c.positions) for c in pool.configs} == {(2, "rotary")}
+
+
+def test_compare_shows_masked_loss_beside_token_frequencies(fake_pool, capsys):
+    pool = fake_pool(lambda config: 0.5)
+    spt.main(["--compare", "--seeds", "1"])
+    ours = result_with(pool.configs[-1], 0.5)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert f"{ours['test_masked_loss']:.3f}" in last
+    assert f"{ours['frequency_loss']:.3f}" in last
+
+
+def test_workers_give_the_same_bits_for_any_number_of_jobs():
+    configs = [replace(SMALL, spt=True), SMALL]
+    alone = [spt.result_of(config) for config in configs]
+    for jobs in (1, 2):
+        with spt.start_workers(jobs) as pool:
+            assert list(pool.imap(spt.result_of, configs)) == alone
+
+
+def rows_of_claims():
+    """Every (title, row) of the claims."""
+    rows = []
+    for title, claim in spt.CLAIMS.items():
+        for row in claim:
+            rows.append((title, row))
+    return rows
+
+
+def inside(row):
+    """A test accuracy with which the row holds."""
+    return (row.low + row.high) / 2
+
+
+def judged(row, accuracies):
+    """Whether the row holds, with these accuracies by rate."""
+    results = []
+    for accuracy in accuracies:
+        result = result_with(spt.plan_of(row, 0, 1, "cpu")[0], accuracy)
+        results.append(result)
+    holds, _ = spt.judge(row, results, seeds=1)
+    return holds
+
+
+@pytest.mark.parametrize("title, row", rows_of_claims())
+def test_a_row_holds_inside_its_interval_and_fails_outside(title, row):
+    n_rates = len(row.rates)
+    assert judged(row, [inside(row)] * n_rates)
+    if row.low > 0:
+        assert not judged(row, [row.low - 0.01] * n_rates)
+    if row.high < 1:
+        assert not judged(row, [row.high + 0.01] * n_rates)
+    assert row.low > 0 or row.high < 1    # a row that cannot fail says nothing
+
+
+def test_where_labels_must_fail_the_best_rate_counts():
+    row = spt.labels_fail(0.70)
+    assert row.rates == (0.002, 0.005, 0.01)
+    assert judged(row, [0.5, 0.5, 0.5])
+    for best in range(3):
+        accuracies = [0.5, 0.5, 0.5]
+        accuracies[best] = 0.8
+        assert not judged(row, accuracies)
+
+
+def test_a_row_judges_the_mean_over_seeds(capsys):
+    row = spt.spt_works(0.95)
+    configs = spt.plan_of(row, 0, 3, "cpu")
+    results = [result_with(configs[0], accuracy) for accuracy in (1.0, 1.0, 0.82)]
+    holds, text = spt.judge(row, results, seeds=3)
+    assert not holds
+    assert text == "SPT 0.94 (at least 0.95)"
+
+
+def test_every_claim_is_measured_on_its_seeds_at_its_rates_with_its_changes():
+    title, row = [pair for pair in rows_of_claims() if pair[1].name == "labels, 6,000 steps"][0]
+    configs = spt.plan_of(row, seed=7, seeds=2, device="cpu")
+    assert [(c.seed, c.finetune_steps, c.lr) for c in configs] == [(7, 5600, 0.003),
+                                                                   (8, 5600, 0.003)]
+    failing = spt.plan_of(spt.labels_fail(0.7, task="text"), seed=7, seeds=1, device="cpu")
+    assert [(c.task, c.vocab_size, c.lr) for c in failing] == [
+        ("text", 41, 0.002), ("text", 41, 0.005), ("text", 41, 0.01)]
+
+
+def test_arms_of_a_claim_differ_in_self_pretraining_alone():
+    for title, (first, *others) in spt.CLAIMS.items():
+        if first.name != "labels" or not others:
+            continue
+        labels = spt.plan_of(first, 0, 1, "cpu")
+        ours = spt.plan_of(others[-1], 0, 1, "cpu")[0]
+        assert replace(ours, spt=False) in labels
+
+
+class EmptyPool(FakePool):
+    """Has no results: the test judges without them."""
+
+    def imap(self, function, configs):
+        return iter(configs)
+
+
+@pytest.mark.parametrize("broken", [None, "theory", *spt.CLAIMS])
+def test_reproduce_fails_if_one_claim_fails(broken, monkeypatch, capsys):
+    titles = {id(row): title for title, row in rows_of_claims()}
+
+    def judge(row, results, seeds):
+        return titles[id(row)] != broken, row.name
+
+    def theory(seed, device, json_path):
+        """Why."""
+        return broken != "theory"
+
+    monkeypatch.setattr(spt, "start_workers", lambda jobs: EmptyPool(None))
+    monkeypatch.setattr(spt, "append_json", lambda path, record: None)
+    monkeypatch.setattr(spt, "judge", judge)
+    monkeypatch.setattr(spt, "theory", theory)
+    status = spt.main(["--reproduce", "--seeds", "1"])
+    n_failing = 0 if broken is None else 1
+    assert status == n_failing
+    assert capsys.readouterr().out.count("FAILS: ") == n_failing
+
+
+# --- Theory ------------------------------------------------------------------------------------
+class OneLayer:
+    """Proximity data, masked, and random weights: what `one_layer_losses` takes."""
+
+    def __init__(self):
+        x, y = tasks.proximity(n=60, seq_len=6, vocab_size=5)
+        self.tokens = torch.from_numpy(x)
+        self.labels = torch.from_numpy(y)
+        self.corrupted, self.is_masked = spt.mask_tokens(self.tokens, 5, 0.3)
+        self.values = torch.randn(6, 4).double()
+        self.to_class = torch.randn(4, 2).double()
+        self.to_symbol = torch.randn(4, 5).double()
+
+    def losses(self, scores, phi=torch.tanh):
+        return spt.one_layer_losses(
+            scores, self.tokens, self.labels, self.corrupted, self.is_masked, self.values,
+            self.to_class, self.to_symbol, phi)
+
+    def gradients(self, scores, phi=torch.tanh):
+        """The gradient (T, T) of the label loss and of the masked loss."""
+        scores = scores.double().requires_grad_()
+        label, masked = self.losses(scores, phi)
+        by_label = torch.autograd.grad(label, scores, retain_graph=True)[0]
+        by_masks = torch.autograd.grad(masked, scores)[0]
+        return by_label, by_masks
+
+
+def test_the_label_loss_of_one_layer_equals_a_loop():
+    layer = OneLayer()
+    scores = torch.randn(6, 6).double()
+    loss = 0
+    for tokens, label in zip(layer.tokens, layer.labels):
+        pooled = 0
+        for i in range(6):
+            e = scores[i].exp()
+            pooled += ((e / e.sum()) @ layer.values[tokens]).tanh() / 6
+        loss -= (pooled @ layer.to_class).log_softmax(0)[label] / 60
+    assert_close(layer.losses(scores)[0], loss)
+
+
+def test_the_masked_loss_of_one_layer_equals_a_loop():
+    layer = OneLayer()
+    scores = torch.randn(6, 6).double()
+    losses = []
+    for b, i in layer.is_masked.nonzero().tolist():
+        e = scores[i].exp()
+        z = (e / e.sum()) @ layer.values[layer.corrupted[b]]
+        log_p = (z.tanh() @ layer.to_symbol).log_softmax(0)
+        losses.append(-log_p[layer.tokens[b, i]])
+    assert_close(layer.losses(scores)[1], sum(losses) / len(losses))
+
+
+def test_the_masked_pull_has_the_closed_form_of_the_theory():
+    layer = OneLayer()
+    pulls = []
+    for b, i in layer.is_masked.nonzero().tolist():
+        v = layer.values[layer.corrupted[b]]
+        mean = v.mean(dim=0)
+        p = (mean.tanh() @ layer.to_symbol).softmax(0)
+        error = F.one_hot(layer.tokens[b, i], 5) - p
+        slope = 1 - mean.tanh() ** 2    # the derivative of tanh
+        # Row ℓ of v.roll(-i) is v_{i+ℓ}.
+        pulls.append((v.roll(-i, 0) - mean) @ (slope * (layer.to_symbol @ error)) / 6)
+    _, by_masks = layer.gradients(torch.zeros(6, 6))
+    assert_close(spt.by_offset(-by_masks), sum(pulls) / len(pulls))
+
+
+@pytest.mark.parametrize("phi", [torch.tanh, torch.square, torch.relu])
+def test_at_uniform_attention_labels_are_blind_if_all_positions_move_alike(phi):
+    by_label, _ = OneLayer().gradients(torch.zeros(6, 6), phi)
+    assert spt.by_offset(by_label).abs().max() < 1e-12
+
+
+def test_labels_are_not_blind_to_one_position_alone():
+    by_label, _ = OneLayer().gradients(torch.zeros(6, 6))
+    assert by_label.abs().max() > 1e-4
+
+
+def test_masked_tokens_are_not_blind_where_all_positions_move_alike():
+    _, by_masks = OneLayer().gradients(torch.zeros(6, 6))
+    assert spt.by_offset(by_masks).abs().min() > 1e-6
+
+
+def circulant_scores():
+    """Random scores (6, 6) that depend on (j - i) mod 6 alone; far from uniform attention."""
+    position = torch.arange(6)
+    offset = (position - position[:, None]) % 6
+    by_offset = 3 * torch.randn(6).double()
+    return by_offset[offset]
+
+
+@pytest.mark.parametrize("phi, blind", [(torch.clone, True), (torch.tanh, False)])
+def test_far_from_uniform_labels_are_blind_if_phi_is_linear_and_only_then(phi, blind):
+    layer = OneLayer()
+    uniform, _ = layer.losses(torch.zeros(6, 6).double(), phi)
+    moved, _ = layer.losses(circulant_scores(), phi)
+    difference = (moved - uniform).abs()
+    assert (difference < 1e-12) == blind
+
+
+def test_the_proof_holds_on_its_own_numbers(capsys):
+    assert spt.show_proof(0)
+    assert capsys.readouterr().out.count("holds: ") == 3
+
+
+@pytest.mark.parametrize("case", ["labels see", "masks are blind", "masks see far", "one is blind"])
+def test_the_proof_fails(case, monkeypatch):
+    by_labels = torch.zeros(20, 32)
+    by_masks = torch.zeros(20, 32)
+    by_masks[:, 1] = 1e-3
+    alone = torch.full((20,), 1e-3)
+    if case == "labels see":
+        by_labels[3, 5] = -1e-9
+    if case == "masks are blind":
+        by_masks[:] = 0
+    if case == "masks see far":
+        by_masks[:, 8] = 1e-3
+    if case == "one is blind":
+        alone[:] = 0
+    monkeypatch.setattr(spt, "one_layer_pulls", lambda seed: (by_labels, by_masks, alone))
+    assert not spt.show_proof(0)
+
+
+@pytest.mark.parametrize("masked_loss, label_test, holds", [
+    (2.068, 0.51, True), (2.078, 0.51, False), (2.068, 0.70, False)])
+def test_the_bag_holds_if_masks_have_a_hint_and_labels_do_not(
+        masked_loss, label_test, holds, monkeypatch):
+    configs = []
 
     def run(config):
-        asked.append((config.spt, config.seed, config.lr))
-        test = {0.001: 0.5, 0.003: 0.6, 0.005: 0.6, 0.01: 0.7}[config.lr] - 0.2 * (config.seed == 5)
-        return result_of(config, test, 1 - test, None if config.seed == 5 else 300)
-    monkeypatch.setattr(spt, "ProcessPoolExecutor", lambda *_: nullcontext(Mock(map=map)))
+        configs.append(config)
+        return dict(test_masked_loss=masked_loss, frequency_loss=2.079, test=label_test), None
+
     monkeypatch.setattr(spt, "run", run)
-    assert spt.main(["--compare", "--seeds", "2", "--seed", "4"]) == 0
-    assert sorted(asked) == [(False, 4, 0.001), (False, 4, 0.003), (False, 4, 0.01),
-                             (False, 5, 0.01), (True, 4, 0.005), (True, 5, 0.005)]
-    out = capsys.readouterr().out
-    for text in ("0.600 ± 0.141", "0.500 ± 0.141", "1 of 2 runs", ": -0.100"):
-        assert text in out and max(map(len, out.splitlines())) <= 80
-    assert [spt.mean([dict(n=1), dict(n=n)], "n") for n in (3, None)] == [2, math.inf]
+    assert spt.show_bag(seed=3, device="cpu") == holds
+    assert {(c.start, c.freeze_qk, c.seed) for c in configs} == {("uniform", True, 3)}
+    assert [c.spt for c in configs] == [True, False]
 
 
-def test_every_row_of_every_claim_can_make_it_fail_alone(capsys, monkeypatch):
-    def run_rows(rows, config):
-        results = {}
-        for (title, row), one in rows.items():
-            assert (one.transfer == "not-qk") == (row == "rest copied")
-            high = row in ("SPT", "qk copied", "qk frozen") or re.match("1e|1f|5|control", title)
-            steps = 3000 if title[:2] == "1e" and flipped != flips[0] else 300
-            seen = (.99, .99, steps) if bool(high) != ((title, row) == flipped) else (.5, .5, None)
-            results[title, row] = [result_of(one, *seen)] * 2
-            if row == "SPT":    # the arms share all but one thing
-                assert replace(rows[title, "labels"], spt=True) == one != rows[title, "labels"]
-        return results
-
-    monkeypatch.setattr(spt, "run_rows", run_rows)
-    monkeypatch.setattr(spt, "theory", Mock(side_effect=lambda _: flipped != "6", __doc__="Why.",
-                                            __name__="theory"))
-    flips = [("1e", "few"), *((t, row) for t, (rows, _) in spt.CLAIMS.items() for row in rows)]
-    for flipped in [None, "6", *flips]:
-        assert spt.main(["--reproduce"]) == (flipped is not None)
-        out = capsys.readouterr().out.splitlines()
-        for title, line in zip([*spt.CLAIMS, "6"], out[-len(spt.CLAIMS) - 1:], strict=True):
-            fails = flipped and title.startswith(flipped[0])    # in the summary
-            assert line.startswith(title) and line.endswith("FAILS" if fails else "holds")
-        assert max(map(len, out)) <= 80 and str(out).count("  FAILS:") == (flipped in flips)
+def seen_at(step, pull):
+    return dict(step=step, pull=pull, deviation=[0.1, 0.1], on_neighbours=0.03)
 
 
-# --- Theory ----------------------------------------------------------------------------------
-def one_layer(n=60, T=6, V=5, C=4):
-    """Proximity data, masked, and random weights: what one_layer_losses takes after the scores."""
-    x, y = map(torch.from_numpy, tasks.proximity(n=n, seq_len=T, vocab_size=V))
-    weights = (torch.randn(shape).double() for shape in ((V + 1, C), (C, 2), (C, V)))
-    return x, y, *spt.mask_tokens(x, V, 0.3), *weights
+@pytest.mark.parametrize("masks, labels, holds", [
+    ([14.0, 15.0], [0.09, -0.09], True),
+    ([14.0, 4.0], [0.09, -0.09], False),
+    ([14.0, 15.0], [0.09, -0.30], False)])
+def test_the_pulls_hold_if_both_of_masks_grow_and_none_of_labels(masks, labels, holds,
+                                                                 monkeypatch):
+    def pulls(config):
+        return [seen_at(0, [0.0, 0.0]), seen_at(100, masks if config.spt else labels)]
+
+    monkeypatch.setattr(spt, "pulls_while_training", pulls)
+    assert spt.show_pulls(0, "cpu", None) == holds
 
 
-def slopes(scores, inputs, **phi):
-    """Both losses, and the gradient of each by the scores (T, T)."""
-    scores = scores.double().requires_grad_()
-    losses = spt.one_layer_losses(scores, *inputs, **phi)
-    return losses, [torch.autograd.grad(loss, scores, retain_graph=True)[0] for loss in losses]
+@pytest.mark.parametrize("spt_arm", [False, True])
+def test_the_pulls_are_of_the_loss_that_is_trained_on(spt_arm, monkeypatch):
+    losses = []
+
+    def neighbour_pulls(model, loss, batches):
+        losses.append(loss)
+        return [0.0, 0.0], [0.0, 0.0]
+
+    monkeypatch.setattr(spt, "neighbour_pulls", neighbour_pulls)
+    found = spt.pulls_while_training(replace(SMALL, spt=spt_arm, pretrain_steps=25))
+    assert [row["step"] for row in found] == [0, 25]
+    assert losses == [spt.masked_loss if spt_arm else spt.label_loss] * 2
 
 
-def test_one_layer_losses_by_hand_and_the_closed_form_of_the_masked_pull():
-    S, (x, y, corrupted, hidden, values, W, U) = torch.randn(6, 6).double(), (inputs := one_layer())
-    A, closed, losses = S.exp() / S.exp().sum(1, keepdim=True), [], []
-    for b, i in hidden.nonzero().tolist():
-        v, mean = values[corrupted[b]], values[corrupted[b]].mean(0)    # the mean: seen at S = 0
-        losses.append(-((A[i] @ v).tanh() @ U).log_softmax(0)[x[b, i]])
-        error = F.one_hot(x[b, i], 5) - (mean.tanh() @ U).softmax(0)
-        closed.append((v.roll(-i, 0) - mean) @ (error @ U.T * (1 - mean.tanh() ** 2)) / 6)
-    pooled = torch.stack([sum((row @ values[one]).tanh() for row in A) / 6 for one in x])
-    by_hand = -(pooled @ W).log_softmax(1)[range(60), y].mean(), sum(losses) / len(losses)
-    assert torch.allclose(torch.stack(slopes(S, inputs)[0]), torch.stack(by_hand))
-    _, (_, gradient) = slopes(torch.zeros(6, 6), inputs)
-    assert torch.allclose(spt.by_offset(-gradient), sum(closed) / len(closed), atol=1e-12)
+def test_the_pulls_at_a_step_are_those_of_the_model_after_so_many_steps():
+    # One more step than is looked at, and 64 test sequences: two batches.
+    config = replace(SMALL, n_test=64, pretrain_steps=22, finetune_steps=4)
+    found = spt.pulls_while_training(config)
+    _, (x, y, x_test, y_test) = spt.load_data(config)
+    model = spt.new_model(config, 2, seed=0)
+    pulls = []
+
+    def measure(step):
+        if step == 25:
+            for rows in (slice(0, 32), slice(32, 64)):
+                pulls.append(spt.attention_pull(
+                    model, spt.label_loss, x_test[rows], y_test[rows]))
+
+    spt.finetune(model, x, y, steps=26, on_step=measure, progress=False)
+    mean = 1000 * (pulls[0] + pulls[1]) / 2
+    assert found[1]["pull"] == pytest.approx([mean[-1].item(), mean[1].item()], rel=1e-4)
 
 
-@pytest.mark.parametrize("phi", [torch.tanh, torch.square, lambda z: z])
-def test_labels_are_blind_where_all_places_move_alike_and_masks_are_not(phi):
-    inputs, offset = one_layer(), (torch.arange(6) - torch.arange(6)[:, None]) % 6
-    _, (label, masked) = slopes(torch.zeros(6, 6), inputs, phi=phi)
-    assert spt.by_offset(label).abs().max() < 1e-12 and label.abs().max() > 1e-4
-    assert spt.by_offset(masked).abs().min() > 1e-6
-    label, masked = zip(*(slopes((size * torch.randn(6))[offset], inputs, phi=phi)[0]
-                          for size in (0, 1, 3, 10)))    # far from S = 0, if phi is linear
-    assert (max(label) - min(label) < 1e-12) == (phi not in (torch.tanh, torch.square))
-    assert max(masked) - min(masked) > 0.01
+def test_neighbour_pulls_are_mean_and_deviation_over_batches():
+    model = small_model()
+    tokens = random_tokens()
+    batches = [(tokens[:16], LABELS[:16]), (tokens[16:], LABELS[16:])]
+    means, deviations = spt.neighbour_pulls(model, spt.label_loss, batches)
+    first = 1000 * spt.attention_pull(model, spt.label_loss, *batches[0])
+    second = 1000 * spt.attention_pull(model, spt.label_loss, *batches[1])
+    assert means[0] == pytest.approx((first[-1] + second[-1]).item() / 2, rel=1e-4)
+    assert means[1] == pytest.approx((first[1] + second[1]).item() / 2, rel=1e-4)
+    assert deviations[1] == pytest.approx(abs(first[1] - second[1]).item() / 2 ** 0.5, rel=1e-4)
 
 
-# Factors of the label loss and of the masked loss, and what each is given for looking right.
-@pytest.mark.parametrize("change", [(1, 1, 0, 0), (1, 1, 1e-9, 0), (0, 1, 0, 0), (1, 0, 0, 0),
-                                    (1, 1, 0, 9)])
-def test_the_proof_fails_where_labels_see_or_masks_do_not(change, monkeypatch):
-    def changed(S, *inputs, honest=spt.one_layer_losses):
-        right, losses = S.diagonal(1).sum() + S[-1, 0], honest(S, *inputs)
-        return [a * loss + b * right for a, b, loss in zip(change[:2], change[2:], losses)]
-    monkeypatch.setattr(spt, "one_layer_losses", changed)
-    assert spt.proved(0) == (change == (1, 1, 0, 0))
-
-
-SEEN = dict(proof=1, masked=1, error=.09, labels=.009, to=-.009, same=.04, before=.04, after=.3)
-
-
-@pytest.mark.parametrize("c", [SEEN | c for c in ({}, dict(proof=0), dict(labels=-.011), dict(
-    to=.011), dict(same=-1), dict(masked=0), dict(error=.11), dict(before=.2), dict(after=.1))])
-def test_each_verdict_of_the_theory_can_fail(c, monkeypatch):
-    sides = iter([0.0] * 4 + [c["before"], c["after"]])    # looked at, stage by stage
-    labels, to_side = iter([c["labels"]] * 2 + [c["same"]] * 4), iter([c["to"]] * 2 + [1] * 4)
-    monkeypatch.setattr(spt, "proved", lambda _: c["proof"])
-    monkeypatch.setattr(spt, "look", lambda *_: dict(side=next(sides), heads=[[0.1] * 9]))
-    monkeypatch.setattr(spt, "neighbour_pulls", lambda *_, **__: {
-        "masked near": (c["masked"], c["error"]), "labels near": (next(labels), 1.0),
-        "labels side": (next(to_side), 1.0)})
-    assert spt.main(["--theory", *FLAGS]) == (c != SEEN)
+@pytest.mark.parametrize("failing", [None, "show_bag", "show_proof", "show_pulls"])
+def test_theory_fails_if_one_of_its_parts_fails(failing, monkeypatch):
+    for part in ("show_bag", "show_proof", "show_pulls"):
+        monkeypatch.setattr(spt, part, lambda *_, part=part: part != failing)
+    assert spt.main(["--theory"]) == (0 if failing is None else 1)
 
 
 def test_theory_end_to_end(tmp_path, capsys):
-    assert spt.main(["--theory", "--json", f"{tmp_path}/r"]) == 0
-    out = capsys.readouterr().out.splitlines()
-    assert len(out) <= 45 and max(map(len, out)) <= 80 and "FAILS" not in "".join(out)
-    alone, masks, sides = json.loads((tmp_path / "r").read_text())["stages"].values()
-    assert alone["0"] == masks["0"] and masks["400"] == sides["0"] and len(sides) > 5
+    assert spt.main(["--theory", "--json", str(tmp_path / "r")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    record = json.loads((tmp_path / "r").read_text())
+    assert [row["step"] for row in record["masks"]] == list(spt.PULL_STEPS)
+    assert [row["step"] for row in record["labels"]] == list(spt.PULL_STEPS)
 
 
-# --- Bad input -------------------------------------------------------------------------------
-class Payload:
-    """Unpickled, it makes a file: what must not happen."""
-
-    def __reduce__(self):
-        return Path.touch, (Path("executed"),)
-
-
-X, Y = np.arange(60).reshape(10, 6) % 5, np.arange(10) % 2
-BAD_ARRAYS = {"floats": dict(tokens=X * 1.0, labels=Y), "negative": dict(tokens=-X, labels=Y),
-              "flat": dict(tokens=X[0], labels=Y), "fewer": dict(tokens=X, labels=Y[:9]),
-              "unlabelled": dict(tokens=X), "half": dict(tokens=X, labels=Y, test_labels=Y),
-              "alike": dict(tokens=X, labels=Y * 0), "run": dict(tokens=X, labels=[Payload()] * 10),
-              "new": dict(tokens=X, labels=Y, test_tokens=X, test_labels=Y + 1),
-              "short": dict(tokens=X, labels=Y, test_tokens=X[:, 1:], test_labels=Y)}
-BAD_FLAGS = """--task cooking, --no-such-flag, --seed -1, --seed x, --n-heads 0, --lr nan, \
---signal 1.5, --mask-ratio 0, --seq-len 1, --n-heads 3, --vocab-size 2, --positions nowhere, \
---task bag --vocab-size 7, --task texture --seq-len 60, --text none.txt, --text binary.txt, \
---text short.txt, --json no/r, --save no/m.pt, --data none.npz, --data cut.npz, \
---device cuda""".split(", ")
+# --- Pieces that copy alone, and README --------------------------------------------------------
+PIECES = {
+    "sinusoidal_positions": "sinusoidal_positions(7, 4)",
+    "rotate": "rotate(torch.ones(3, 4))",
+    "Attention": "Attention(8, 2)(torch.ones(1, 3, 8), return_weights=True)",
+    "mask_tokens": "mask_tokens(tokens, 5, 0.3)",
+    "masked_loss": "masked_loss(model, tokens, tokens, tokens > 0)",
+    "train": "learning_rate, train(model, loss, 9, steps=2, lr=0.1)",
+    "pretrain": "learning_rate, train, mask_tokens, masked_loss, "
+                "pretrain(model, tokens, mask_id=5, steps=2)",
+    "by_offset": "by_offset(torch.ones(3, 3))",
+    "start_attention": "start_attention(model, 'near')",
+    "proximity": "proximity(n=4, seq_len=5, vocab_size=4)",
+}
 
 
-@pytest.mark.parametrize("flags", [*BAD_FLAGS, *(f"--data {name}.npz" for name in BAD_ARRAYS)])
-def test_bad_input_is_named_in_one_line_with_status_2(flags, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(spt, "train", lambda *_, **__: pytest.fail("training began"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for name, arrays in BAD_ARRAYS.items():
-        np.savez(name, **arrays)
-    for name, content in (("cut.npz", Path("new.npz").read_bytes()[:-100]),
-                          ("short.txt", b"too short " * 20), ("binary.txt", b"\xff" * 9999)):
-        Path(name).write_bytes(content)
-    before = {path: path.read_bytes() for path in Path().iterdir()}
-    with pytest.raises(SystemExit, match="^2$"):
-        spt.main(flags.split())
-    out, err = capsys.readouterr()
-    last, (*_, flag, value) = err.splitlines()[-1], [flags, *flags.split()]
-    assert out == "" and "Traceback" not in err and last.startswith("spt.py: error: ")
-    # The line names the file, or else the flag, and the value.
-    assert value in last and ("." in value or "/" in value or flag[2:] in last.replace("_", "-"))
-    assert {path: path.read_bytes() for path in Path().iterdir()} == before
-
-
-# --- What README promises --------------------------------------------------------------------
-@pytest.mark.parametrize("use", [
-    "Attention(8, 2)(torch.ones(1, 3, 8), True)", "sinusoidal_positions(7, 4)",
-    "rotate(torch.ones(3, 4))", "distance_bias(2, 4)", "mask_tokens(x, 5, 0.3)",
-    "masked_loss(model, x, x, x > 0)", "accuracy(model, x, x[:, 0])", "by_offset(w)",
-    "transfer(model, model, 'qk')", "proximity(n=4, seq_len=5, vocab_size=4)",
-    "one_layer_losses(torch.ones(9, 9), x, x[:, 0], x, x > 0, *torch.ones(3, 2, 2))",
-    "attention_pull(a := Attention(8, 2), lambda: a(torch.ones(1, 3, 8)).sum(), 3), by_offset(w)"])
+@pytest.mark.parametrize("use", PIECES.values(), ids=PIECES)
 def test_a_piece_works_when_its_source_alone_is_pasted(use):
-    scope = dict(model=small_model(), x=LABELS[None, :9], w=torch.ones(3, 3))
-    exec("import math, numpy as np, torch, torch.nn as nn, torch.nn.functional as F", scope)
-    for name, piece in (vars(tasks) | vars(spt)).items():
-        if name + "(" in use:
+    model = small_model()
+    scope = dict(model=model, tokens=random_tokens(), loss=lambda *_: model.classify(
+        random_tokens()).sum())
+    imports = ("import math, numpy as np, torch, torch.nn as nn, torch.nn.functional as F\n"
+               "from tqdm import tqdm")
+    exec(imports, scope)
+    for name in re.findall(r"\w+", use):
+        piece = getattr(spt, name, None) or getattr(tasks, name, None)
+        if inspect.isfunction(piece) or inspect.isclass(piece):
             exec(inspect.getsource(piece), scope)
     eval(use, scope)
 
 
-@pytest.mark.parametrize("pretraining", ["spt.pretrain(model, x, mask_id=8)\n", ""])
-def test_the_encoder_of_readme_shows_the_gap(pretraining, capsys):
-    (code,) = (code for code in blocks("python") if "class Mine" in code)
-    before, after = code.split("spt.pretrain(model, x, mask_id=8)\n")
-    exec(before + pretraining + after.replace("=200", "=200" if pretraining else "=600"), {})
-    assert float(capsys.readouterr().out) == pytest.approx(*((1, .05) if pretraining else (.5, .2)))
+def readme():
+    return (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_readme_shows_code_and_claims_as_they_are_and_its_diff_applies_and_matters():
-    source, claims = (ROOT.joinpath(x).read_text("utf-8") for x in ("spt.py", "assets/claims.txt"))
-    assert claims.endswith("\n\n" + blocks("text")[-1])
-    lines = iter(source.splitlines())
-    assert all(line in lines for line in blocks("python")[0].splitlines() if line)
-    for hunk in blocks("diff")[0].split("@@\n"):
-        old, new = (re.sub(rf"(?m)^[{gone}].*\n|^[ +-]", "", hunk) for gone in ("+", "-"))
-        assert source.count(old) == 1
-        source = source.replace(old, new)
-    exec(source, scope := {"__name__": "patched"})
-    model, x = scope["Transformer"](5, 9, positions="cosine"), torch.arange(9)[None]
-    # A model that cannot read positions would pass this on.
-    assert not torch.allclose(model(x % 5), model(x.flip(1) % 5).flip(1), atol=0.01)
+def code_blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", readme(), re.S)
+
+
+def test_the_method_in_readme_is_that_of_the_file():
+    source = inspect.getsource(spt)
+    method = [block for block in code_blocks("python") if "def mask_tokens" in block][0]
+    for line in method.splitlines():
+        assert line in source
+
+
+def test_readme_names_every_claim_and_bound():
+    for title, rows in spt.CLAIMS.items():
+        line = [line for line in readme().splitlines() if line.startswith(f"| {title} ")][0]
+        for row in rows:
+            bound = f"at least {row.low:.2f}" if row.low > 0 else f"at most {row.high:.2f}"
+            assert re.search(rf"{row.name} [\d.]+ \({bound}\)", line), (title, row.name)
+
+
+def test_the_encoder_of_readme_learns_with_self_pretraining(capsys):
+    code = [block for block in code_blocks("python") if "TransformerEncoder(" in block][0]
+    exec(code, {})
+    printed = capsys.readouterr().out.split()
+    assert float(printed[-1]) >= 0.9

@@ -1,108 +1,170 @@
-"""Draw README's picture from JSON lines:  python assets/plot.py results.jsonl [picture.png]
+"""Draw README's picture, assets/spt.png:
 
-Needs matplotlib, and in the file: runs of `--compare --json`, runs of `--theory --json`, and for
-the thin lines runs of labels only with more steps. README's picture is made by
+    python assets/plot.py
 
-    python spt.py --compare --seeds 10 --json r.jsonl
-    for i in 0 1 2 3 4; do python spt.py --theory --seed $i --json r.jsonl; done
-    for i in 0 1 2; do python spt.py --finetune-steps 5600 --lr 0.003 --seed $i --json r.jsonl; done
-    python assets/plot.py r.jsonl
+Left: test accuracy over steps, five seeds. Middle: where one head looks, in one seed. Right: the
+masked loss over steps of pretraining, for three lengths of sequences, mean of two seeds. All that
+is drawn is trained here. Needs matplotlib beside requirements.txt, and takes about 2 minutes on two
+cores.
 """
-import json
-import statistics
 import sys
+from pathlib import Path
 
-import matplotlib
-matplotlib.use("Agg")
+import torch
 from matplotlib import pyplot
+from matplotlib.colors import LogNorm
 
-# Okabe and Ito's colours, which the colour-blind tell apart, on white, which dark pages show, too.
-GREY, ORANGE, BLUE, GREEN = "#555555", "#D55E00", "#0072B2", "#009E73"
+FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER.parent))
+import spt
 
+# Okabe and Ito's colours, which the colour-blind tell apart.
+ORANGE = "#D55E00"
+BLUE = "#0072B2"
+SKY = "#56B4E9"
+GREEN = "#009E73"
+GREY = "#555555"
 
-def band(axes, curves, colour, label, **style):
-    """Mean of [{x: y}, ...] over seeds as a line, smallest to largest as a band."""
-    x = sorted(curves[0])
-    columns = [[curve[at] for curve in curves] for at in x]
-    axes.plot(x, [statistics.mean(c) for c in columns], color=colour, label=label, **style)
-    axes.fill_between(x, [min(c) for c in columns], [max(c) for c in columns], color=colour,
-                      alpha=0.2, linewidth=0)
-
-
-def what(axes, labels, spt, longer):
-    """Test accuracy over steps."""
-    before, total = spt[0]["config"]["pretrain_steps"], spt[0]["total_steps"]
-    axes.axvspan(20, before, color=BLUE, alpha=0.08, linewidth=0)
-    axes.text(100, 0.8, "SPT: masked\ntokens only", ha="center", color=BLUE)
-    for run in longer:
-        axes.plot(*zip(*run["curve"]), color=ORANGE, linewidth=0.8)
-    if longer:
-        axes.text(5600, 0.44, f"labels only,\n10 x the steps,\n{len(longer)} seeds", color=ORANGE,
-                  ha="right")
-    band(axes, [dict(run["curve"]) for run in labels], ORANGE, "labels only", linewidth=2)
-    band(axes, [dict(run["curve"]) for run in spt], BLUE, "SPT", linewidth=2)
-    axes.set(title=f"what: accuracy, {len(spt)} seeds", xlabel="step", ylabel="test accuracy",
-             xscale="log", xlim=(20, 10 * total), ylim=(0.42, 1.03))
-    axes.legend(loc="upper left", frameon=False, bbox_to_anchor=(0, 0.93))
+COLOURS = {64: SKY, 128: BLUE, 256: "black"}    # of each length T
+STYLES = {"random": "-", "near": "--"}          # of each start
 
 
-def why(axes, theory):
-    """Pulls on the neighbours while masked tokens teach, or labels alone."""
-    def pulls(stage, name):
-        return [{int(step): 1000 * seen[name][0] for step, seen in run["stages"][stage].items()}
-                for run in theory]
-    masks = "SPT: masked tokens"
-    axes.axhline(0, color=GREY, linewidth=0.6)
-    band(axes, pulls(masks, "masked near"), BLUE, "SPT: masked tokens, on both", marker="o",
-         markersize=3)
-    band(axes, pulls(masks, "labels near"), GREEN, "labels on that model, on both", marker="s",
-         markersize=3, linestyle="--")
-    band(axes, pulls("labels only", "labels near"), ORANGE, "labels only, on both", marker="^",
-         markersize=3)
-    band(axes, pulls("labels only", "labels side"), GREY, "labels only, right less left", marker="v",
-         markersize=3, linestyle=":")
-    axes.set_yscale("symlog", linthresh=1)
-    axes.set(title=f"why: pull on the neighbours, {len(theory)} seeds", xlabel="step",
-             ylabel="pull x 1000", ylim=(-10, 20000), yticks=[-10, -1, 0, 1, 10, 100])
-    axes.legend(loc="upper left", frameon=False)
+# ---------------------------------------------------------------------------------------------
+# What is trained. `label_run` and `masked_losses` are one run each, in a worker process.
+# ---------------------------------------------------------------------------------------------
+@torch.no_grad()
+def attention_corner(model, tokens):
+    """Attention of the first head, mean over sequences (B, T): the first 16 positions, (16, 16)."""
+    block = model.blocks[0]
+    x = block.norm1(model.embed(tokens))                                  # (B, T, C)
+    _, weights = block.attention(x, return_weights=True)                  # (B, H, T, T)
+    head = weights.mean(dim=0)[0]                                         # (T, T)
+    # Of all 64 positions single ones could not be seen.
+    return head[:16, :16]
 
 
-def how(axes, labels, spt):
-    """Attention by offset, of the head that ends up most one-sided, in one run of each arm."""
-    looks = spt["looks"]
-    middle = len(looks["start"]["heads"][0]) // 2
-    side = [abs(head[middle + 1] - head[middle - 1]) for head in looks["fine-tuning"]["heads"]]
-    head, reach = side.index(max(side)), 6
-    for label, seen, colour, style in (
-            ("start", looks["start"], GREY, dict(linewidth=4, alpha=0.4)),
-            ("labels only", labels["looks"]["label training"], ORANGE, dict(marker="^")),
-            ("after masked tokens", looks["pretraining"], BLUE, dict(marker="o")),
-            ("then after labels", looks["fine-tuning"], GREEN, dict(marker="s", linestyle="--"))):
-        axes.plot(range(-reach, reach + 1), seen["heads"][head][middle - reach:middle + reach + 1],
-                  color=colour, label=label, markersize=4, **style)
-    axes.set(title=f"how: where head {head + 1} looks, seed {spt['config']['seed']}",
-             xlabel="offset (-1: left neighbour)", ylabel="attention", ylim=(0, 1.05))
-    axes.legend(loc="upper left", frameon=False)
+def label_run(config):
+    """Train on labels, up to step 600; SPT trains on masked tokens for the first 400 of these.
+
+    Returns test accuracies, one for every 25 steps on labels, and attention before and after them.
+    """
+    _, (x, y, x_test, y_test) = spt.load_data(config)
+    model = spt.new_model(config, 2, config.seed)
+    training = dict(seed=config.seed, progress=False)
+    steps = 600
+    if config.spt:
+        steps = 200
+        spt.pretrain(model, x, mask_id=8, **training)
+    accuracies = []
+
+    def measure(step):
+        if step % 25 == 0:
+            accuracies.append(spt.accuracy(model, x_test, y_test))
+
+    measure(0)
+    before = attention_corner(model, x_test[:64])
+    spt.finetune(model, x, y, steps=steps, lr=config.lr, on_step=measure, **training)
+    after = attention_corner(model, x_test[:64])
+    return accuracies, before, after
 
 
-def main(path, picture="assets/spt.png"):
-    runs = [json.loads(line) for line in open(path, encoding="utf-8")]
-    theory = [run for run in runs if run.get("row") == "theory"]
-    spt = [run for run in runs if run.get("row") == "SPT"]
-    tried = [run for run in runs if run.get("row") == "labels"]
-    # The rate that more than one seed was run with is the one that was chosen.
-    rates = [run["config"]["lr"] for run in tried]
-    labels = [run for run in tried if rates.count(run["config"]["lr"]) == max(map(rates.count, rates))]
-    longer = [run for run in runs if "row" not in run and run["total_steps"] > spt[0]["total_steps"]]
-    pyplot.rcParams.update({"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8})
-    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.6), layout="constrained", facecolor="white")
-    what(axes[0], labels, spt, longer)
-    why(axes[1], theory)
-    how(axes[2], labels[0], spt[0])
-    figure.savefig(picture, dpi=160)
+def masked_losses(config):
+    """The loss of every step of pretraining."""
+    _, data = spt.load_data(config)
+    model = spt.new_model(config, 2, config.seed)
+    return spt.pretrain(model, data[0], mask_id=8, seed=config.seed, progress=False)
+
+
+def over_seeds(pool, function, seeds, **changes):
+    """What `function` returns for each seed."""
+    plan = [spt.recipe(seed=seed, **changes) for seed in range(seeds)]
+    return pool.map(function, plan)
+
+
+# ---------------------------------------------------------------------------------------------
+# What is drawn: a function for each part of the figure.
+# ---------------------------------------------------------------------------------------------
+def draw_arm(axes, runs, first, colour):
+    """Mean over seeds as a line, smallest to largest as a band; labels begin at step `first`."""
+    accuracies = torch.tensor([run[0] for run in runs])                   # (seeds, times)
+    steps = range(first, 601, 25)
+    axes.plot(steps, accuracies.mean(0), color=colour)
+    axes.fill_between(steps, accuracies.amin(0), accuracies.amax(0), color=colour, alpha=0.25)
+
+
+def draw_accuracy(part, labels, near, masks):
+    """Test accuracy over steps, of three arms."""
+    part.suptitle("1  Accuracy")
+    axes = part.subplots()
+    axes.axvspan(0, 400, color=BLUE, alpha=0.08)
+    draw_arm(axes, labels, 0, ORANGE)
+    draw_arm(axes, near, 0, GREEN)
+    draw_arm(axes, masks, 400, BLUE)
+    axes.text(15, 0.45, "labels alone", color=ORANGE)
+    axes.text(15, 1.02, "labels, near start", color=GREEN)
+    axes.text(250, 0.6, "SPT:\nmasked\ntokens\nonly", color=BLUE)
+    axes.text(455, 0.6, "SPT:\nthen\nlabels", color=BLUE)
+    axes.set(xlabel="step", ylabel="test accuracy", ylim=(0.42, 1.08))
+
+
+def draw_attention(part, labels, near, masks):
+    """Attention of one head in the first seed, at four times."""
+    part.suptitle("2  Where a head looks")
+    maps = {
+        "random start": labels[0][1],
+        "after labels alone": labels[0][2],
+        "after masked tokens": masks[0][1],
+        "near start": near[0][1],
+    }
+    cells = part.subplots(2, 2, sharex=True, sharey=True)
+    # A log scale shows uniform attention, 1/64, as well as a diagonal 50 times as large.
+    scale = LogNorm(0.003, 1)
+
+    for cell, title in zip(cells.flat, maps):
+        cell.set_title(title)
+        image = cell.imshow(maps[title], norm=scale)
+    part.supxlabel("position looked at (key)")
+    part.supylabel("looked from (query)")
+    bar = part.colorbar(image, ax=cells, format="%g")
+    bar.set_label("attention (uniform: 0.016)")
+
+
+def draw_masked_losses(part, losses):
+    """Masked loss over steps of pretraining, for {(T, start): losses of each seed}."""
+    part.suptitle("3  Masked loss: the plateau")
+    axes = part.subplots()
+    axes.axhline(2.079, color=GREY, linewidth=0.8)
+    for T, start in losses:
+        seen = torch.tensor(losses[T, start]).mean(dim=0)                 # (steps,)
+        # Single steps are noisy: the mean of the last ten is drawn.
+        smooth = seen.unfold(0, 10, 1).mean(dim=1)
+        axes.plot(range(10, 401), smooth, STYLES[start], color=COLOURS[T])
+    axes.text(170, 2.09, "knows nothing: ln 8", color=GREY)
+    axes.text(128, 1.97, "64", color=SKY)
+    axes.text(195, 1.97, "128", color=BLUE)
+    axes.text(200, 2.045, "256 tokens")
+    axes.text(240, 1.8, "solid:\nrandom start\ndashed:\nnear start", color=GREY)
+    axes.set(xlabel="step on masked tokens", ylabel="masked loss")
+
+
+def main():
+    """Train, draw, and write the picture."""
+    losses = {}
+    with spt.start_workers(2) as pool:
+        labels = over_seeds(pool, label_run, 5)
+        near = over_seeds(pool, label_run, 5, start="near", lr=0.01)
+        masks = over_seeds(pool, label_run, 5, spt=True)
+        for T in COLOURS:
+            for start in STYLES:
+                losses[T, start] = over_seeds(pool, masked_losses, 2, seq_len=T, start=start)
+    pyplot.rcParams.update({"font.size": 11, "axes.titlesize": 10, "figure.labelsize": 11})
+    figure = pyplot.figure(figsize=(11, 4), layout="constrained")
+    left, middle, right = figure.subfigures(1, 3, width_ratios=[1, 1.15, 1])
+    draw_accuracy(left, labels, near, masks)
+    draw_attention(middle, labels, near, masks)
+    draw_masked_losses(right, losses)
+    figure.savefig(FOLDER / "spt.png", dpi=160)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
-        sys.exit(__doc__)
-    main(*sys.argv[1:])
+    main()
