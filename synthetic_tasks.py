@@ -9,7 +9,6 @@ Every generator returns `tokens` (n, T) int64 in [0, V) and `labels` (n,) int64 
 classes. Each is complete in itself, so that it can be copied alone. Letters in shape comments:
 n sequences, T tokens in each, V symbols, K classes.
 """
-import zipfile
 from math import isqrt
 from pathlib import Path
 
@@ -114,7 +113,7 @@ def text(*, n_train, n_test, seq_len, vocab_size, path=None, seed=0):
     for starts in (train_starts, test_starts):
         if len(starts) < 10:
             raise ValueError(f"text {path or 'of the manual'}: {len(starts)} windows of {seq_len} "
-                             "characters in a part, needs 10: a longer text or shorter windows")
+                             "characters in a part that are not in the other, needs 10")
     train = text_windows(symbols, train_starts, n_train, seq_len, [seed, 0])
     test = text_windows(symbols, test_starts, n_test, seq_len, [seed, 1])
     return (*train, *test)
@@ -127,7 +126,7 @@ def read_text(path):
         raw = " ".join(topics[name] for name in sorted(topics))
     else:
         try:
-            raw = Path(path).read_text(encoding="utf-8")
+            raw = Path(path).read_text(encoding="utf-8-sig")    # with its mark or without
         except UnicodeDecodeError:
             raise ValueError(f"text {path}: not UTF-8 text") from None
     return " ".join(raw.lower().split())
@@ -210,18 +209,21 @@ def from_file(path, seed=0):
         test, train = order[:n_test], order[n_test:]
         tokens, test_tokens = tokens[train], tokens[test]
         labels, test_labels = labels[train], labels[test]
-    for train, test in ((tokens, test_tokens), (labels, test_labels)):
-        if (train.dtype.kind in "US") != (test.dtype.kind in "US"):
-            raise ValueError(f"data {path}: {train.dtype} for training, {test.dtype} for the test")
+    for name, train, test in (("tokens", tokens, test_tokens), ("labels", labels, test_labels)):
+        kinds = {train.dtype.kind, test.dtype.kind}
+        if len(kinds) > 1 and kinds & {"U", "S"}:    # text, and something else
+            raise ValueError(f"data {path}: {name} is {train.dtype} but test_{name} {test.dtype}; "
+                             "needs one type")
     if test_tokens.shape[1] != tokens.shape[1]:
         raise ValueError(f"data {path}: training sequences have {tokens.shape[1]} tokens, test "
                          f"sequences {test_tokens.shape[1]}; all need one length")
     symbols = np.unique(tokens)                                       # (V,), sorted
     classes = np.unique(labels)                                       # (K,), sorted
     if len(classes) < 2:
-        raise ValueError(f"data {path}: the training part has one class, {classes}; needs two")
+        raise ValueError(f"data {path}: labels has one class, {classes}; needs two")
     if not np.isin(test_labels, classes).all():
-        raise ValueError(f"data {path}: the test part has classes that training has not")
+        raise ValueError(f"data {path}: test_labels has classes that labels has not; needs "
+                         f"some of {classes}")
     return (index_in(symbols, tokens), index_in(classes, labels),
             index_in(symbols, test_tokens), index_in(classes, test_labels))
 
@@ -229,26 +231,32 @@ def from_file(path, seed=0):
 def read_arrays(path):
     """The arrays of an .npz file by name. Raises ValueError, or OSError if it cannot be opened."""
     how = "needs an .npz: np.savez('mine.npz', tokens=tokens, labels=labels)"
-    with open(path, "rb") as file:
-        start = file.read(6)
-    if start == b"\x93NUMPY":
-        raise ValueError(f"data {path}: a single array (.npy); {how}")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"data {path}: not an .npz file, or a damaged one; {how}")
     arrays = {}
-    with np.load(path, allow_pickle=False) as file:
+    with open(path, "rb") as stream:
+        try:
+            file = np.load(stream, allow_pickle=False)
+        except Exception:    # zipfile and numpy raise many kinds, and speak of pickles
+            raise ValueError(f"data {path}: not an .npz file, or a damaged one; {how}") from None
+        if isinstance(file, np.ndarray):
+            raise ValueError(f"data {path}: a single array (.npy); {how}")
         for name in ("tokens", "labels", "test_tokens", "test_labels"):
-            if name not in file:
-                continue
-            try:
-                arrays[name] = file[name]
-            except ValueError:    # what numpy says of objects, which could execute anything
-                raise ValueError(f"data {path}: {name} is an array of objects, as rows of unequal "
-                                 "length make; needs one length, and integers, booleans or "
-                                 "characters") from None
-            except Exception as error:    # zipfile, zlib and numpy raise many kinds
-                raise ValueError(f"data {path}: {name} cannot be read, {error}") from None
+            if name in file:
+                arrays[name] = read_array(path, file, name)
     return arrays
+
+
+def read_array(path, file, name):
+    """The array `name` of an open .npz file; otherwise ValueError says why not."""
+    try:
+        array = file[name]
+    except ValueError:    # what numpy says of objects, which could execute anything
+        raise ValueError(f"data {path}: {name} is an array of objects, as rows of unequal length "
+                         "make; needs one length, and integers, booleans or characters") from None
+    except Exception as error:    # zipfile, zlib and numpy raise many kinds
+        raise ValueError(f"data {path}: {name} cannot be read, {error}") from None
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"data {path}: {name} cannot be read, it is no array")
+    return array
 
 
 def check_tokens(path, name, arrays):
@@ -275,7 +283,7 @@ def check_labels(path, name, arrays, n):
     found = f"data {path}: {name} is {labels.dtype} {labels.shape}"
     if labels.shape not in ((n,), (n, 1)):
         raise ValueError(f"{found}; needs ({n},), one for each sequence")
-    is_whole = labels.dtype.kind == "f" and bool((labels == np.floor(labels)).all())
+    is_whole = labels.dtype.kind == "f" and bool((labels % 1 == 0).all())    # inf % 1 is nan
     if labels.dtype.kind not in "iubUS" and not is_whole:
         raise ValueError(f"{found}; needs classes: integers, booleans, names or whole floats")
     return labels.reshape(n)

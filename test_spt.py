@@ -7,7 +7,9 @@ import inspect
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import fields, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +44,417 @@ def random_tokens(n=32, seq_len=9):
 
 
 LABELS = torch.arange(32) % 2
+
+
+# --- The laws of the tasks ---------------------------------------------------------------------
+# The rules once more, in the words of the docstrings: the symbols among which the rule of a class
+# chooses token t of the sequence x. All have 4 tokens of 4 symbols.
+def proximity_rule(x, t, label):
+    if t == 0:
+        return [0, 1, 2, 3]
+    if label == 1:
+        return [(x[t - 1] + 1) % 4]
+    return [(x[t - 1] - 1) % 4]
+
+
+def texture_rule(x, t, label):
+    # Pixels 0 and 1 are the upper row, 2 and 3 the lower one.
+    if label == 0 and t in (1, 3):
+        return [x[t - 1]]
+    if label == 1 and t in (2, 3):
+        return [x[t - 2]]
+    return [0, 1, 2, 3]
+
+
+def bag_rule(x, t, label):
+    if label == 1:
+        return [2, 3]
+    return [0, 1]
+
+
+RULES = {"proximity": proximity_rule, "texture": texture_rule, "bag": bag_rule}
+
+
+def probability(name, x, label):
+    """P(x | label) at signal 0.45, one token at a time."""
+    p = 1.0
+    for t, token in enumerate(x):
+        choices = RULES[name](x, t, label)
+        by_rule = 1 / len(choices) if token in choices else 0
+        p *= 0.45 * by_rule + 0.55 / 4
+    return p
+
+
+def draw(name, n):
+    generate = getattr(tasks, name)
+    return generate(n=n, seq_len=4, vocab_size=4, signal=0.45, seed=3)
+
+
+def test_every_task_but_text_has_a_law():
+    assert set(RULES) == set(tasks.TASKS) - {"text"}
+
+
+@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("name", RULES)
+def test_sequences_follow_the_law_of_their_class(name, label):
+    tokens, labels = draw(name, 40_000)
+    seen = Counter(map(tuple, tokens[labels == label].tolist()))
+    chi_square = 0
+    for x in product(range(4), repeat=4):
+        expected = 20_000 * probability(name, x, label)
+        chi_square += (seen[x] - expected) ** 2 / expected
+    # 256 sequences: 255 degrees of freedom, and 5 standard deviations on either side.
+    assert abs(chi_square - 255) < 5 * math.sqrt(2 * 255)
+
+
+def test_reversal_swaps_the_classes_of_proximity():
+    for x in product(range(4), repeat=4):
+        forwards = probability("proximity", x, 1)
+        backwards = probability("proximity", x[::-1], 0)
+        assert forwards == pytest.approx(backwards)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_best_possible_guess_is_the_likelier_class(name):
+    tokens, labels = draw(name, 1000)
+    right = 0
+    for x, label in zip(tokens.tolist(), labels.tolist()):
+        own = probability(name, x, label)
+        other = probability(name, x, 1 - label)
+        if math.isclose(own, other):
+            right += 0.5
+        elif own > other:
+            right += 1
+    best = tasks.best_possible_accuracy(name, tokens, labels, 4)
+    assert best == pytest.approx(right / 1000)
+
+
+@pytest.mark.parametrize("name", ["text", "data"])
+def test_nobody_knows_the_best_guess_on_real_data(name):
+    tokens, labels = draw("proximity", 9)
+    assert tasks.best_possible_accuracy(name, tokens, labels, 4) is None
+
+
+# --- What counting alone scores ----------------------------------------------------------------
+COUNTING = {"proximity": 0.5, "text": 0.5, "texture": 0.5, "bag": 0.89}
+
+
+def test_every_task_has_a_score_by_counting():
+    assert set(COUNTING) == set(tasks.TASKS)
+
+
+@pytest.mark.parametrize("name", COUNTING)
+def test_counting_helps_in_the_bag_alone(name):
+    sizes = dict(n_train=4000, n_test=4000, seq_len=16, vocab_size=8)
+    data = tasks.make_task(name, signal=0.3, **sizes)
+    assert tasks.count_baseline(*data) == pytest.approx(COUNTING[name], abs=0.05)
+
+
+# Class 0 saw four 0 and no 1, class 1 one of each; everything counts once more than seen.
+#   0 1:  2/3 x 5/6 x 1/6 = 0.093 in class 0,  1/3 x 1/2 x 1/2 = 0.083 in class 1
+#   1 1:  2/3 x 1/6 x 1/6 = 0.019 in class 0,  1/3 x 1/2 x 1/2 = 0.083 in class 1
+#   2 1:  2/3 x 1/7 x 1/7 = 0.014 in class 0,  1/3 x 1/5 x 2/5 = 0.027 in class 1; 2 is new
+@pytest.mark.parametrize("sequence, label", [([0, 1], 0), ([1, 1], 1), ([2, 1], 1)])
+def test_count_baseline_by_hand(sequence, label):
+    tokens = np.array([[0, 0], [0, 0], [0, 1]])
+    labels = np.array([0, 0, 1])
+    assert tasks.count_baseline(tokens, labels, np.array([sequence]), label) == 1
+
+
+# --- make_task ---------------------------------------------------------------------------------
+@pytest.fixture
+def book(tmp_path):
+    """A file of 5000 random letters; the first 4000 are the training part."""
+    letters = np.random.default_rng(0).choice(list("abcdefgh"), size=5000)
+    path = tmp_path / "book.txt"
+    path.write_text("".join(letters))
+    return path
+
+
+def small_task(name, book, seed=0):
+    sizes = dict(n_train=30, n_test=30, seq_len=16, vocab_size=8)
+    return tasks.make_task(name, path=book, seed=seed, **sizes)
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_half_of_the_sequences_are_of_either_class(name, book):
+    _, labels, _, test_labels = small_task(name, book)
+    assert labels.sum() == 15
+    assert test_labels.sum() == 15
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_the_same_seed_makes_the_same_data(name, book):
+    for first, again in zip(small_task(name, book), small_task(name, book)):
+        assert (first == again).all()
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_another_seed_makes_other_data(name, book):
+    for first, other in zip(small_task(name, book), small_task(name, book, seed=1)):
+        assert (first != other).any()
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_the_test_part_is_not_the_training_part(name, book):
+    tokens, labels, test_tokens, test_labels = small_task(name, book)
+    assert (tokens != test_tokens).any()
+    assert (labels != test_labels).any()
+
+
+def test_signal_is_for_both_parts():
+    sizes = dict(n_train=30, n_test=30, seq_len=16, vocab_size=8)
+    tokens, labels, test_tokens, test_labels = tasks.make_task("bag", signal=1, **sizes)
+    assert (tokens // 4 == labels[:, None]).all()
+    assert (test_tokens // 4 == test_labels[:, None]).all()
+
+
+def test_a_text_that_is_not_there_is_an_os_error(tmp_path):
+    with pytest.raises(OSError, match="nowhere.txt"):
+        small_task("text", tmp_path / "nowhere.txt")
+
+
+@pytest.mark.parametrize("name, seq_len, vocab_size, message", [
+    ("proximity", 16, 2, "vocab_size 2"),
+    ("texture", 60, 8, "seq_len 60"),
+    ("bag", 16, 7, "vocab_size 7"),
+])
+def test_a_size_that_a_task_cannot_have_is_refused(name, seq_len, vocab_size, message):
+    with pytest.raises(ValueError, match=message):
+        tasks.make_task(name, n_train=4, n_test=4, seq_len=seq_len, vocab_size=vocab_size)
+
+
+# --- text --------------------------------------------------------------------------------------
+def windows_of(path):
+    """All windows of 20 characters: 8 symbols of their own, and one for the rest."""
+    return tasks.text(n_train=999, n_test=999, seq_len=20, vocab_size=9, path=path)
+
+
+def read_back(tokens, labels, alphabet):
+    """The windows as sorted strings, those with label 0 turned round again."""
+    windows = []
+    for row, label in zip(tokens, labels):
+        window = "".join(alphabet[token] for token in row)
+        if label == 0:
+            window = window[::-1]
+        windows.append(window)
+    return sorted(windows)
+
+
+def test_text_is_cut_into_windows_and_its_last_fifth_is_the_test_part(book):
+    tokens, labels, test_tokens, test_labels = windows_of(book)
+    letters = book.read_text()
+    alphabet = sorted("abcdefgh", key=letters[:4000].count, reverse=True)
+    windows = sorted(letters[i:i + 20] for i in range(0, 4000, 20))
+    test_windows = sorted(letters[i:i + 20] for i in range(4000, 5000, 20))
+    assert read_back(tokens, labels, alphabet) == windows
+    assert read_back(test_tokens, test_labels, alphabet) == test_windows
+
+
+def test_test_windows_that_repeat_the_training_part_are_left_out(book):
+    letters = book.read_text()
+    # Of the last two windows one repeats 10 letters of the training part, the other only 9.
+    ending = letters[77:87] + "x" * 10 + letters[77:86] + "y" * 11
+    book.write_text(letters[:4960] + ending)
+    _, _, test_tokens, _ = windows_of(book)
+    assert len(test_tokens) == 49
+
+
+@pytest.mark.parametrize("window, unseen", [
+    pytest.param("abcd-----", [], id="4 at the start"),
+    pytest.param("---bcde--", [], id="4 inside"),
+    pytest.param("-----efgh", [], id="4 at the end"),
+    pytest.param("abc-d-fgh", [8], id="3 at most"),
+])
+def test_four_characters_in_a_row_are_half_a_window_of_nine(window, unseen):
+    assert tasks.unseen_windows("abcdefgh" + window, cut=8, starts=[8], seq_len=9) == unseen
+
+
+def test_frequent_characters_of_the_training_part_are_symbols_and_the_others_share_one():
+    symbols = tasks.text_symbols("bbbaac" + "cccd", cut=6, vocab_size=3)
+    assert symbols.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2, 2]
+
+
+def test_white_space_is_folded_and_letters_are_lower_case(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("  One\n\n\tTWO  é\n", encoding="utf-8")
+    assert tasks.read_text(path) == "one two é"
+
+
+def test_text_that_is_not_utf_8_is_refused(book):
+    book.write_bytes(b"\xff" * 5000)
+    with pytest.raises(ValueError, match="book.txt: not UTF-8"):
+        windows_of(book)
+
+
+def test_text_with_fewer_than_ten_test_windows_is_refused(book):
+    book.write_text(book.read_text()[:999])
+    assert len(windows_of(book)[2]) == 10
+    book.write_text(book.read_text()[:994])
+    with pytest.raises(ValueError, match="book.txt: 9 windows of 20 .* needs 10"):
+        windows_of(book)
+
+
+# --- from_file ---------------------------------------------------------------------------------
+# All 32 sequences of 5 bits. The first bit is the label.
+BITS = np.array(list(product([0, 1], repeat=5)))
+FIRST = BITS[:, 0]
+TRAINING = dict(tokens=BITS, labels=FIRST)
+FOUR_ARRAYS = dict(TRAINING, test_tokens=BITS[9:], test_labels=FIRST[9:])
+
+
+def load(folder, seed=0, **arrays):
+    """What from_file makes of these arrays."""
+    np.savez(folder / "mine.npz", **arrays)
+    return tasks.from_file(folder / "mine.npz", seed)
+
+
+def load_twice(folder, tokens, labels):
+    """Symbols and classes, where the test part is the training part once more."""
+    arrays = dict(tokens=tokens, labels=labels, test_tokens=tokens, test_labels=labels)
+    x, y, x_test, y_test = load(folder, **arrays)
+    assert (x == x_test).all()
+    assert (y == y_test).all()
+    return x.tolist(), y.tolist()
+
+
+def test_tokens_may_be_negative_and_huge_and_leave_gaps(tmp_path):
+    tokens = [[2**40, -5, 0], [12_000_000, 0, 0]]
+    symbols, _ = load_twice(tmp_path, tokens, labels=[0, 1])
+    assert symbols == [[3, 0, 1], [2, 1, 1]]
+
+
+@pytest.mark.parametrize("kind", ["uint8", "bool", "U1", "S1"])
+def test_tokens_may_be_of_any_discrete_type(kind, tmp_path):
+    symbols, _ = load_twice(tmp_path, BITS.astype(kind), FIRST)
+    assert symbols == BITS.tolist()
+
+
+def test_a_token_unseen_in_training_becomes_the_mask_symbol(tmp_path):
+    tokens = [[2, 4, 6], [6, 4, 2]]
+    test_tokens = [[5, 4, 7], [-1, 2, 6]]
+    labels = dict(labels=[0, 1], test_labels=[0, 1])
+    x, _, x_test, _ = load(tmp_path, tokens=tokens, test_tokens=test_tokens, **labels)
+    assert x.tolist() == [[0, 1, 2], [2, 1, 0]]
+    assert x_test.tolist() == [[3, 1, 3], [3, 0, 2]]
+
+
+@pytest.mark.parametrize("labels, expected", [
+    pytest.param([7, -3, 2**40], [1, 0, 2], id="integers with gaps"),
+    pytest.param([True, False, True], [1, 0, 1], id="booleans"),
+    pytest.param(["dog", "cat", "eel"], [1, 0, 2], id="names"),
+    pytest.param([b"dog", b"cat", b"eel"], [1, 0, 2], id="bytes"),
+    pytest.param([2.0, -1.0, 5.0], [1, 0, 2], id="whole floats"),
+    pytest.param([[4], [3], [5]], [1, 0, 2], id="a column"),
+])
+def test_labels_become_classes_in_sorted_order(labels, expected, tmp_path):
+    _, classes = load_twice(tmp_path, BITS[:3], labels)
+    assert classes == expected
+
+
+def test_a_random_fifth_is_the_test_part_and_no_row_is_lost(tmp_path):
+    x, _, x_test, _ = load(tmp_path, **TRAINING)
+    assert len(x_test) == 6
+    assert sorted(x.tolist() + x_test.tolist()) == BITS.tolist()
+
+
+def test_rows_keep_their_labels(tmp_path):
+    x, y, x_test, y_test = load(tmp_path, **TRAINING)
+    assert (y == x[:, 0]).all()
+    assert (y_test == x_test[:, 0]).all()
+
+
+def test_the_seed_decides_the_split(tmp_path):
+    x, *_ = load(tmp_path, seed=1, **TRAINING)
+    again, *_ = load(tmp_path, seed=1, **TRAINING)
+    other, *_ = load(tmp_path, seed=2, **TRAINING)
+    assert (x == again).all()
+    assert (x != other).any()
+
+
+def test_a_test_part_in_the_file_is_used_as_it_is(tmp_path):
+    x, y, x_test, y_test = load(tmp_path, **FOUR_ARRAYS)
+    assert (x == BITS).all()
+    assert (y == FIRST).all()
+    assert (x_test == BITS[9:]).all()
+    assert (y_test == FIRST[9:]).all()
+
+
+@pytest.mark.parametrize("name, array, message", [
+    ("tokens", BITS * 1.0, "tokens is float64 .*np.digitize"),
+    ("tokens", BITS * 1j, "tokens is complex128 .*needs integers"),
+    ("tokens", FIRST, r"tokens is int64 \(32,\); needs \(n, T\)"),
+    ("tokens", BITS[:, :2], r"tokens is int64 \(32, 2\); .*3 tokens or more"),
+    ("tokens", BITS.astype(str), "tokens is <U21 but test_tokens int64; needs one type"),
+    ("labels", FIRST[1:], r"labels is int64 \(31,\); needs \(32,\)"),
+    ("labels", FIRST + 0.5, "labels is float64 .*whole floats"),
+    ("labels", FIRST * 0, r"one class, \[0\]; needs two"),
+    ("test_labels", FIRST[9:] + 1, "test_labels has classes that labels has not"),
+    ("test_tokens", BITS[9:, 1:], "5 tokens, test sequences 4; all need one length"),
+])
+def test_an_array_that_cannot_be_used_is_refused(name, array, message, tmp_path):
+    with pytest.raises(ValueError, match=f"mine.npz: .*{message}"):
+        load(tmp_path, **(FOUR_ARRAYS | {name: array}))
+
+
+@pytest.mark.parametrize("name", FOUR_ARRAYS)
+def test_a_missing_array_is_named(name, tmp_path):
+    arrays = dict(FOUR_ARRAYS)
+    del arrays[name]
+    with pytest.raises(ValueError, match=f"mine.npz: has no {name}; needs {name}"):
+        load(tmp_path, **arrays)
+
+
+def test_sequences_of_unequal_length_are_refused(tmp_path):
+    ragged = np.array([[0, 1, 0], [1, 0]], dtype=object)
+    with pytest.raises(ValueError, match="mine.npz: tokens is an array of objects.*one length"):
+        load(tmp_path, tokens=ragged, labels=[0, 1])
+
+
+class Payload:
+    """Unpickled, it makes a file: what must not happen."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="labels is an array of objects"):
+        load(tmp_path, tokens=BITS, labels=[Payload()] * 32)
+    assert not Path("executed").exists()
+
+
+def assert_file_is_refused(path, message):
+    with pytest.raises(ValueError, match=f"{path.name}: .*{message}"):
+        tasks.from_file(path)
+
+
+def test_a_csv_file_is_refused(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text("0,1,0\n")
+    assert_file_is_refused(path, "not an .npz file.*np.savez")
+
+
+def test_a_single_array_is_refused(tmp_path):
+    path = tmp_path / "mine.npy"
+    np.save(path, BITS)
+    assert_file_is_refused(path, "a single array.*np.savez")
+
+
+def test_a_truncated_file_is_refused(tmp_path):
+    path = tmp_path / "mine.npz"
+    np.savez(path, **FOUR_ARRAYS)
+    path.write_bytes(path.read_bytes()[:-100])
+    assert_file_is_refused(path, "damaged")
+
+
+def test_a_damaged_array_is_refused(tmp_path):
+    path = tmp_path / "mine.npz"
+    np.savez(path, **FOUR_ARRAYS)
+    # The checksum of the file no longer agrees.
+    path.write_bytes(path.read_bytes().replace(b"(32, 5)", b"(32, 4)"))
+    assert_file_is_refused(path, "tokens cannot be read")
 
 
 # --- Positions ---------------------------------------------------------------------------------
@@ -432,8 +845,7 @@ def test_an_unknown_start_is_refused():
 
 @pytest.mark.parametrize("which, parts", [
     ("qk", ["query", "key"]),
-    ("rest", ["token_embedding", "value", "out", "mlp", "reconstruction_head"]),
-    ("all", ["token_embedding", "query", "key", "value", "out", "mlp", "reconstruction_head"])])
+    ("rest", ["token_embedding", "value", "out", "mlp", "reconstruction_head"])])
 def test_a_transfer_copies_these_parts_and_no_others(which, parts):
     source = small_model()
     target = small_model()
@@ -1018,7 +1430,7 @@ class EmptyPool(FakePool):
     """Has no results: the test judges without them."""
 
     def imap(self, function, configs):
-        return iter(configs)
+        return iter([{}] * len(configs))
 
 
 @pytest.mark.parametrize("broken", [None, "theory", *spt.CLAIMS])
