@@ -6,7 +6,12 @@ import copy
 import inspect
 import json
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from dataclasses import fields, replace
 from itertools import product
@@ -1669,6 +1674,341 @@ def test_theory_end_to_end(tmp_path, capsys):
     record = json.loads((tmp_path / "r").read_text())
     assert [row["step"] for row in record["masks"]] == list(spt.PULL_STEPS)
     assert [row["step"] for row in record["labels"]] == list(spt.PULL_STEPS)
+
+
+# --- Bad input -----------------------------------------------------------------------------------
+def contents():
+    """Every file in the current folder and below, with its bytes."""
+    return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+
+def must_not_happen(*arguments, **settings):
+    pytest.fail("training began")
+
+
+@pytest.fixture
+def refused(monkeypatch, tmp_path, capsys):
+    """Runs flags that must be refused before anything happens. Returns the error."""
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("latin.txt").write_bytes(b"caf\xe9 " * 1000)
+    Path("old.json").write_bytes(b"{}\n")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(spt, "train", must_not_happen)
+    monkeypatch.setattr(spt, "run_mode", must_not_happen)
+
+    def run(flags):
+        before = contents()
+        with pytest.raises(SystemExit, match="^2$"):
+            spt.main(flags.split())
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert "Traceback" not in printed.err
+        assert contents() == before
+        # Lines before the last one are argparse's usage.
+        error = printed.err.splitlines()[-1]
+        assert error.startswith("spt.py: error: ")
+        return error
+
+    return run
+
+
+# The last flag and its value are wrong.
+BAD_INPUT = [
+    "--no-such-flag 3",
+    "--task cooking",
+    "--seed -1",
+    "--seed x",
+    "--n-heads 0",
+    "--n-heads 3",
+    "--lr nan",
+    "--lr 0",
+    "--signal 1.5",
+    "--spt --mask-ratio 0",
+    "--seq-len 2",
+    "--vocab-size 2",
+    "--positions nowhere",
+    "--start sideways",
+    "--spt --transfer half",
+    "--task bag --vocab-size 7",
+    "--task texture --seq-len 60",
+    "--text none.txt",
+    "--text folder",
+    "--text latin.txt",
+    "--data none.npz",
+    "--data latin.txt",
+    "--json none/r.json",
+    "--json folder",
+    "--save none/m.pt",
+    "--save folder",
+    "--device cuda",
+    "--compare --seeds 0",
+    "--compare --jobs 0",
+    "--json new.json --lr 2",
+    "--json old.json --lr 2",
+    "--save old.json --lr 2",
+]
+
+
+@pytest.mark.parametrize("flags", BAD_INPUT)
+def test_bad_input_is_refused_and_named(flags, refused):
+    error = refused(flags)
+    flag, value = flags.split()[-2:]
+    # The tasks name an argument, such as vocab_size, and not its flag.
+    assert flag[2:] in error.replace("_", "-")
+    assert value in error
+
+
+@pytest.mark.parametrize("flags, unwritable", [
+    ("--json new.json", "."),
+    ("--json old.json", "old.json"),
+    ("--json folder/new.json", "folder"),
+    ("--save new.pt", "."),
+])
+def test_a_place_without_write_permission_is_refused(flags, unwritable, refused, monkeypatch):
+    # Who runs the tests may be root, who has every permission.
+    monkeypatch.setattr(os, "access", lambda path, mode: path != unwritable)
+    assert f"{flags}: cannot be written" in refused(flags)
+
+
+def test_a_gpu_takes_one_job(refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "--jobs 2: must be 1" in refused("--compare --device cuda --jobs 2")
+
+
+# --- Flags that cannot go together ---------------------------------------------------------------
+# The first flag cannot go with the others, or without another.
+NOT_TOGETHER = [
+    "--mask-ratio 0.5",
+    "--transfer qk",
+    "--pretrain-lr 0.1",
+    "--seeds 2",
+    "--jobs 2",
+    "--task data",
+    "--spt --compare",
+    "--start near --compare",
+    "--transfer qk --compare",
+    "--save m.pt --compare",
+    "--save m.pt --reproduce",
+    "--n-layers 3 --reproduce",
+    "--task text --theory",
+    "--seeds 2 --theory",
+    "--text latin.txt --task bag",
+    "--signal 0.5 --task text",
+    "--signal 0.5 --text latin.txt",
+    "--vocab-size 5 --data own.npz",
+    "--seq-len 9 --data own.npz",
+    "--n-train 9 --data own.npz",
+    "--n-test 9 --data own.npz",
+    "--signal 0.5 --data own.npz",
+    "--text latin.txt --data own.npz",
+    "--task bag --data own.npz",
+]
+
+
+@pytest.mark.parametrize("flags", NOT_TOGETHER)
+def test_a_flag_that_would_be_ignored_is_refused(flags, refused):
+    first = flags.split()[0]
+    assert f"error: {first}: " in refused(flags)
+
+
+def test_two_modes_are_refused(refused):
+    error = refused("--compare --reproduce")
+    assert "--compare" in error
+    assert "--reproduce" in error
+
+
+def test_every_flag_belongs_to_a_mode():
+    fields_of_a_run = {f.name for f in fields(spt.Config)}
+    others = {"seeds", "jobs", "json", "save"}
+    assert set().union(*spt.FLAGS_OF_MODE.values()) == fields_of_a_run | others
+
+
+# --- Help ----------------------------------------------------------------------------------------
+@pytest.fixture
+def one_line_help(monkeypatch):
+    """The text of --help, in which no sentence is broken over two lines."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    return spt.make_parser().format_help()
+
+
+def test_help_names_every_flag_and_no_other(one_line_help):
+    flags = {"--help"}
+    for mode, names in spt.FLAGS_OF_MODE.items():
+        flags.update(map(spt.flag_of, names))
+        if mode != "single":
+            flags.add(spt.flag_of(mode))
+    assert set(re.findall("--[a-z-]+", one_line_help)) == flags
+
+
+@pytest.mark.parametrize("field", fields(spt.Config), ids=lambda field: field.name)
+def test_help_says_what_a_flag_means_and_its_default(field, one_line_help):
+    meaning = field.metadata["help"]
+    if field.type is not bool:
+        meaning += f" (default {field.default})"
+    assert meaning in one_line_help
+
+
+def test_help_ends_with_status_0(capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        spt.main(["--help"])
+    assert capsys.readouterr().out.startswith("usage: spt.py ")
+
+
+def test_help_prints_80_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, spt.make_parser().format_help().splitlines())) <= 80
+
+
+# --- What a run prints and writes ----------------------------------------------------------------
+QUICK = ["--n-train", "64", "--n-test", "32", "--seq-len", "9", "--vocab-size", "5",
+         "--pretrain-steps", "3", "--finetune-steps", "3"]
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """Runs QUICK with more flags, in an empty folder. Returns the exit status."""
+    monkeypatch.chdir(tmp_path)
+    return lambda flags: spt.main(QUICK + flags.split())
+
+
+def records():
+    """The results in the file r.json."""
+    return [json.loads(line) for line in Path("r.json").read_text("utf-8").splitlines()]
+
+
+def test_a_run_prints_80_columns(quick, capsys):
+    assert quick("--spt --start uniform --n-layers 2 --seq-len 64") == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_printed_accuracies_are_those_of_json(quick, capsys):
+    quick("--json r.json --lr 0.1")
+    result = records()[0]
+    train = f"{result['train']:.3f}"
+    test = f"{result['test']:.3f}"
+    looks = f"{result['on_neighbours']:.2f}"
+    row = capsys.readouterr().out.partition("labels, seed 0")[2]
+    assert row.split()[:3] == [train, test, looks]
+
+
+def test_json_gets_one_line_a_run(quick):
+    quick("--json r.json")
+    quick("--json r.json --spt --task texture --seed 3 --lr 0.01")
+    labels, ours = records()
+    for result in (labels, ours):
+        assert {"train", "test", "on_neighbours", "looks", "chance"} < set(result)
+        assert result["total_steps"] == 6
+    assert labels["arm"] == "labels"
+    assert labels["masked_loss"] is None
+    assert labels["config"]["seed"] == 0
+    assert ours["arm"] == "SPT"
+    assert len(ours["masked_loss"]) == 2
+    assert ours["config"]["task"] == "texture"
+    assert ours["config"]["seed"] == 3
+    assert ours["config"]["lr"] == 0.01
+
+
+@pytest.mark.parametrize("positions", ["sinusoidal", "learned", "shuffled"])
+def test_a_saved_model_is_the_one_that_was_measured(positions, quick):
+    quick(f"--json r.json --save m.pt --n-layers 2 --n-heads 4 --positions {positions}")
+    result = records()[0]
+    saved = torch.load("m.pt", weights_only=True)
+    model = spt.Transformer(**saved["arguments"])
+    model.load_state_dict(saved["weights"])
+    _, (_, _, x_test, y_test) = spt.load_data(spt.Config(**result["config"]))
+    assert spt.accuracy(model, x_test, y_test) == result["test"]
+    # Of few test sequences another model could have as many right, but it looks elsewhere.
+    assert spt.look(model, x_test).tolist() == result["looks"]["labels alone"]
+
+
+# --- Output that fails ---------------------------------------------------------------------------
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_disk_under_json_is_one_line_after_the_numbers(quick, capsys):
+    assert quick("--json /dev/full") == 2
+    printed = capsys.readouterr()
+    assert "labels, seed 0" in printed.out
+    assert printed.err == "spt.py: error: --json /dev/full: No space left on device\n"
+
+
+def write_half(path, content):
+    """What Path.write_bytes does on a disk that becomes full."""
+    with open(path, "wb") as file:
+        file.write(content[:10])
+    raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_under_save_leaves_the_older_file(quick, monkeypatch, capsys):
+    Path("m.pt").write_text("older")
+    monkeypatch.setattr(Path, "write_bytes", write_half)
+    assert quick("--save m.pt") == 2
+    printed = capsys.readouterr()
+    assert "labels, seed 0" in printed.out
+    assert printed.err == "spt.py: error: --save m.pt: No space left on device\n"
+    assert contents() == {Path("m.pt"): b"older"}
+
+
+def launch(*command, **environment):
+    """Python with these arguments, as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env={**os.environ, **environment}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+
+QUICK_COMPARE = ["spt.py", *QUICK, "--compare", "--seeds", "1", "--jobs", "1"]
+
+
+def test_a_terminal_without_the_characters_gets_the_numbers():
+    process = launch(*QUICK_COMPARE, PYTHONIOENCODING="ascii")
+    out, err = process.communicate()
+    assert err == ""
+    assert process.returncode == 0
+    assert "mean ? standard deviation" in out
+    assert "masked loss on test" in out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command, n_lines", [
+    # Nobody reads: a single run finds out in its last moment.
+    pytest.param(["spt.py", *QUICK], 0, id="single"),
+    # As `| head -1` does. Rows are yet to come.
+    pytest.param(QUICK_COMPARE, 1, id="compare"),
+])
+def test_a_closed_pipe_is_quiet(command, n_lines):
+    process = launch(*command)
+    for _ in range(n_lines):
+        process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait() == 0
+
+
+# A shell may have this process ignore Ctrl-C, and its children with it.
+INTERRUPTIBLE = """
+import signal, sys, spt
+signal.signal(signal.SIGINT, signal.default_int_handler)
+print("ready", flush=True)
+sys.exit(spt.main())
+"""
+
+
+@pytest.mark.parametrize("flags, n_lines", [
+    pytest.param(["--spt", "--pretrain-steps", "100000"], 1, id="single"),
+    pytest.param(["--reproduce", "--jobs", "1"], 3, id="reproduce"),
+])
+def test_ctrl_c_ends_a_run_within_3_seconds_in_one_line(flags, n_lines):
+    process = launch("-u", "-c", INTERRUPTIBLE, *flags)
+    for _ in range(n_lines):
+        process.stdout.readline()
+    time.sleep(1)    # training, or a worker, has now begun
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        # Workers hold the same pipes: this waits for them, too.
+        _, err = process.communicate(timeout=3)
+    finally:
+        process.kill()
+    assert err == "spt.py: interrupted\n"
+    assert process.returncode == 130
 
 
 # --- Pieces that copy alone, and README --------------------------------------------------------
