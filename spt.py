@@ -372,10 +372,10 @@ def accuracy(model, tokens, labels, batch_size=32):
 def start_attention(model, start):
     """Change where the attention of every block starts, before any training.
 
-    "random" changes nothing. "near" sets key to query and makes both three times as large: scores
-    become nine times as large, enough for the softmax to prefer what is alike. "uniform" sets query
-    to 0, so that every position attends to all alike. Raises ValueError for
-    any other. Mimetic initialization is related (Trockman & Kolter 2023, arXiv 2305.09828).
+    "random" changes nothing. "near" sets key to query and makes both three times as large. Scores
+    are then nine times as large, enough for the softmax to prefer what is alike. "uniform" sets
+    query to 0, so that every position attends to all alike. Raises ValueError for any other word.
+    Mimetic initialization is related (Trockman & Kolter 2023, arXiv 2305.09828).
     """
     if start not in ("random", "near", "uniform"):
         raise ValueError(f"start {start!r}: must be random, near or uniform")
