@@ -775,7 +775,7 @@ def show_heads(result):
     reach = min(16, (T - 1) // 2)
     offsets = range(-reach, reach + 1)
     ruler = f"{-reach:<{reach}}0{reach:>+{reach}}"
-    print(f"{'tenths of attention, by offset':31}{ruler}   -1    0   +1")
+    print(f"{'tenths of attention (. is < 1)':31}{ruler}   -1    0   +1")
     for stage, layers in result["looks"].items():
         for layer, heads in enumerate(layers, 1):
             for number, head in enumerate(heads, 1):
@@ -783,7 +783,7 @@ def show_heads(result):
                 for offset in offsets:
                     digit = min(9, int(10 * head[offset]))
                     tenths += str(digit) if digit > 0 else "."
-                name = f"{stage}, block {layer} head {number}"
+                name = f"{stage}, layer {layer} head {number}"
                 print(f"{name:31}{tenths} {head[-1]:.2f} {head[0]:.2f} {head[1]:.2f}")
 
 
@@ -907,7 +907,7 @@ CLAIMS = {
         Row("only these copied", dict(transfer="qk", **MOVED), low=0.90),
         Row("all but these copied", dict(transfer="rest", **MOVED), high=0.60),
         Row("SPT, these frozen", dict(spt=True, freeze_qk=True), high=0.60)],
-    "5 looking near is enough, without pretraining": [
+    "5 on this task looking near is enough, without pretraining": [
         Row("labels, near start", dict(start="near", lr=0.01), low=0.95),
         Row("the same, shuffled", dict(start="near", positions="shuffled"), high=0.60,
             rates=LABEL_RATES)],
@@ -920,6 +920,8 @@ CLAIMS = {
         Row("labels, 6,000 steps", dict(finetune_steps=5600, lr=0.003), low=0.80),
         Row("labels, batch 128", dict(batch_size=128, lr=0.01), low=0.60),
         Row("SPT, 1 token in 64", dict(spt=True, mask_ratio=1 / 64), high=0.60),
+        # 4 tokens of 64 in 32 sequences are 128 targets, as many as the labels in a batch of 128.
+        Row("SPT, 4 tokens in 64", dict(spt=True, mask_ratio=4 / 64), low=0.60),
         Row("SPT, 8 tokens in 64", dict(spt=True, mask_ratio=8 / 64), low=0.85)],
     "8 control: no gap where counting is enough (bag)": [
         Row("labels", dict(task="bag"), low=0.90),

@@ -692,6 +692,11 @@ def test_the_rate_warms_up_and_then_follows_a_cosine_to_a_tenth(step, rate):
     assert spt.learning_rate(step, 40, 0.01) == pytest.approx(rate)
 
 
+def test_the_rate_is_at_its_peak_where_the_warm_up_ends():
+    rates = [spt.learning_rate(step, 40, 0.01) for step in range(40)]
+    assert max(rates) == rates[3] == pytest.approx(0.01)
+
+
 class RecordedAdamW(torch.optim.AdamW):
     """AdamW that notes its rate at each step, and its settings."""
     made = []
@@ -1165,7 +1170,8 @@ def test_a_transfer_meets_weights_of_another_random_start(monkeypatch):
     handed_over = []
 
     def transfer(source, target, which):
-        handed_over.append((source.state_dict(), target.state_dict()))
+        # A copy: training will change the weights themselves.
+        handed_over.append(copy.deepcopy((source.state_dict(), target.state_dict())))
 
     monkeypatch.setattr(spt, "transfer", transfer)
     _, model = spt.run(replace(SMALL, spt=True, transfer="qk"))
