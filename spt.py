@@ -714,10 +714,11 @@ def save_weights(path, model, result):
     content = io.BytesIO()
     torch.save(dict(arguments=arguments, weights=model.state_dict()), content)
     # Written beside and then renamed: a full disk leaves no half of a file.
-    part = Path(path + ".part")
+    target = os.path.realpath(path)
+    part = Path(target + ".part")
     try:
         part.write_bytes(content.getvalue())
-        part.replace(path)
+        part.replace(target)
     except OSError as error:
         part.unlink(missing_ok=True)
         raise OutputError(f"--save {path}: {error.strerror}") from None
@@ -1279,11 +1280,18 @@ def check_files(given):
             continue
         path = given[name]
         folder = os.path.dirname(path) or "."
-        if os.path.isdir(path) or not os.path.isdir(folder):
+        if path == "" or os.path.isdir(path) or not os.path.isdir(folder):
             raise ValueError(f"--{name} {path}: must be a file in a folder that exists")
-        target = path if os.path.exists(path) else folder
+        if name == "save" and os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError(f"--save {path}: must be a file")
+        if name == "save" and os.path.exists(path + ".part"):
+            raise ValueError(f"--save {path}: {path}.part is in the way")
+        # What is saved is written beside the older file first.
+        target = path if name == "json" and os.path.exists(path) else folder
         if not os.access(target, os.W_OK):
             raise ValueError(f"--{name} {path}: cannot be written")
+    if "save" in given and given["save"] == given.get("json"):
+        raise ValueError(f"--save {given['save']}: is the file of --json")
 
 
 def check_device(device, jobs):
@@ -1307,6 +1315,25 @@ def main(argv=None):
     mode = given.pop("mode", "single")
     torch.set_num_threads(1)    # at this size two threads would only wait for each other
     try:
+        config, seeds, jobs = check_input(parser, mode, given)
+        holds = run_mode(mode, config, seeds, jobs, given.get("json"), given.get("save"))
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("spt.py: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read the output has left, as `| head` does. What is still unprinted goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (OutputError, OSError) as error:
+        print(f"spt.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0 if holds else 1
+
+
+def check_input(parser, mode, given):
+    """The config, seeds and jobs of the command line; ends it where the input is wrong."""
+    try:
         check_flags(mode, given)
         check_files(given)
         config = recipe(**{name: given[name] for name in given if name in RUN_FLAGS})
@@ -1322,20 +1349,7 @@ def main(argv=None):
         new_model(sized, 2, config.seed)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    try:
-        holds = run_mode(mode, config, seeds, jobs, given.get("json"), given.get("save"))
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("spt.py: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # Whoever read the output has left, as `| head` does. What is still unprinted goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (OutputError, OSError) as error:
-        print(f"spt.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0 if holds else 1
+    return config, seeds, jobs
 
 
 def run_mode(mode, config, seeds, jobs, json_path, save_path):

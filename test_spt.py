@@ -4,6 +4,7 @@
 """
 import copy
 import inspect
+import io
 import json
 import math
 import os
@@ -1356,6 +1357,17 @@ def test_compare_shows_masked_loss_beside_token_frequencies(fake_pool, capsys):
     assert f"{ours['frequency_loss']:.3f}" in last
 
 
+def test_a_row_of_the_comparison_is_shown_as_soon_as_it_is_done(fake_pool, monkeypatch):
+    out = io.StringIO()
+    shown = []
+    monkeypatch.setattr(out, "flush", lambda: shown.append(out.getvalue()))
+    monkeypatch.setattr(sys, "stdout", out)
+    fake_pool(lambda config: 0.5)
+    spt.main(["--compare", "--seeds", "1"])
+    assert shown[0].splitlines()[-1].startswith("labels, lr 0.002")
+    assert shown[1].splitlines()[-1].startswith("labels, lr 0.005")
+
+
 def test_workers_give_the_same_bits_for_any_number_of_jobs():
     configs = [replace(SMALL, spt=True), SMALL]
     alone = [spt.result_of(config) for config in configs]
@@ -1418,14 +1430,17 @@ def test_a_row_judges_the_mean_over_seeds(capsys):
     assert text == "SPT 0.94 (at least 0.95)"
 
 
-def test_every_claim_is_measured_on_its_seeds_at_its_rates_with_its_changes():
-    title, row = [pair for pair in rows_of_claims() if pair[1].name == "labels, 6,000 steps"][0]
-    configs = spt.plan_of(row, seed=7, seeds=2, device="cpu")
-    assert [(c.seed, c.finetune_steps, c.lr) for c in configs] == [(7, 5600, 0.003),
-                                                                   (8, 5600, 0.003)]
-    failing = spt.plan_of(spt.labels_fail(0.7, task="text"), seed=7, seeds=1, device="cpu")
-    assert [(c.task, c.vocab_size, c.lr) for c in failing] == [
-        ("text", 41, 0.002), ("text", 41, 0.005), ("text", 41, 0.01)]
+def test_a_row_runs_on_its_seeds_and_device_with_its_changes():
+    row = spt.Row("labels", dict(finetune_steps=5600, lr=0.003), low=0.80)
+    config = spt.Config(finetune_steps=5600, lr=0.003, device="cuda")
+    plan = spt.plan_of(row, seed=7, seeds=2, device="cuda")
+    assert plan == [replace(config, seed=7), replace(config, seed=8)]
+
+
+def test_a_row_that_must_fail_runs_at_three_rates_with_the_recipe_of_its_task():
+    plan = spt.plan_of(spt.labels_fail(0.7, task="text"), seed=7, seeds=1, device="cpu")
+    config = spt.recipe(task="text", seed=7)
+    assert plan == [replace(config, lr=rate) for rate in (0.002, 0.005, 0.01)]
 
 
 def test_arms_of_a_claim_differ_in_self_pretraining_alone():
@@ -1437,28 +1452,43 @@ def test_arms_of_a_claim_differ_in_self_pretraining_alone():
         assert replace(ours, spt=False) in labels
 
 
-class EmptyPool(FakePool):
-    """Has no results: the test judges without them."""
+class EchoPool(FakePool):
+    """The result of a config is the config."""
 
     def imap(self, function, configs):
-        return iter([{}] * len(configs))
+        for config in configs:
+            yield dict(config=config)
+
+
+@pytest.fixture
+def echo_pool(monkeypatch):
+    monkeypatch.setattr(spt, "start_workers", lambda jobs: EchoPool(None))
+    monkeypatch.setattr(spt, "append_json", lambda path, record: None)
+    monkeypatch.setattr(spt, "theory", lambda seed, device, json_path: True)
+
+
+def test_each_row_of_a_claim_is_judged_by_its_own_results(echo_pool, monkeypatch):
+    judged_rows = []
+
+    def judge(row, results, seeds):
+        assert [result["config"] for result in results] == spt.plan_of(row, 4, 2, "cpu")
+        judged_rows.append(row)
+        return True, row.name
+
+    monkeypatch.setattr(spt, "judge", judge)
+    assert spt.main(["--reproduce", "--seed", "4", "--seeds", "2"]) == 0
+    assert judged_rows == [row for title, row in rows_of_claims()]
 
 
 @pytest.mark.parametrize("broken", [None, "theory", *spt.CLAIMS])
-def test_reproduce_fails_if_one_claim_fails(broken, monkeypatch, capsys):
+def test_reproduce_fails_if_one_claim_fails(broken, echo_pool, monkeypatch, capsys):
     titles = {id(row): title for title, row in rows_of_claims()}
 
     def judge(row, results, seeds):
         return titles[id(row)] != broken, row.name
 
-    def theory(seed, device, json_path):
-        """Why."""
-        return broken != "theory"
-
-    monkeypatch.setattr(spt, "start_workers", lambda jobs: EmptyPool(None))
-    monkeypatch.setattr(spt, "append_json", lambda path, record: None)
     monkeypatch.setattr(spt, "judge", judge)
-    monkeypatch.setattr(spt, "theory", theory)
+    monkeypatch.setattr(spt, "theory", lambda *arguments: broken != "theory")
     status = spt.main(["--reproduce", "--seeds", "1"])
     n_failing = 0 if broken is None else 1
     assert status == n_failing
@@ -1699,6 +1729,7 @@ def refused(monkeypatch, tmp_path, capsys):
     Path("folder").mkdir()
     Path("latin.txt").write_bytes(b"caf\xe9 " * 1000)
     Path("old.json").write_bytes(b"{}\n")
+    Path("busy.pt.part").write_bytes(b"of another run")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(spt, "train", must_not_happen)
     monkeypatch.setattr(spt, "run_mode", must_not_happen)
@@ -1747,6 +1778,8 @@ BAD_INPUT = [
     "--json folder",
     "--save none/m.pt",
     "--save folder",
+    "--save busy.pt",
+    "--json new.json --save new.json",
     "--device cuda",
     "--compare --seeds 0",
     "--compare --jobs 0",
@@ -1867,8 +1900,8 @@ def test_help_prints_80_columns(monkeypatch):
 
 
 # --- What a run prints and writes ----------------------------------------------------------------
-QUICK = ["--n-train", "64", "--n-test", "32", "--seq-len", "9", "--vocab-size", "5",
-         "--pretrain-steps", "3", "--finetune-steps", "3"]
+QUICK = ("--n-train 64 --n-test 32 --seq-len 9 --vocab-size 5 "
+         "--pretrain-steps 3 --finetune-steps 3").split()
 
 
 @pytest.fixture
@@ -1881,6 +1914,16 @@ def quick(monkeypatch, tmp_path):
 def records():
     """The results in the file r.json."""
     return [json.loads(line) for line in Path("r.json").read_text("utf-8").splitlines()]
+
+
+def test_heads_are_printed_in_tenths_by_offset_and_then_at_the_neighbours(capsys):
+    head = [0.0] * 9
+    head[0] = 0.41
+    head[1] = 0.12     # the right neighbour
+    head[-1] = 0.35    # the left neighbour
+    spt.show_heads(dict(config=dict(seq_len=9), looks={"start": [[head]]}))
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line == "start, layer 1 head 1          ...341... 0.35 0.41 0.12"
 
 
 def test_a_run_prints_80_columns(quick, capsys):
@@ -1915,11 +1958,12 @@ def test_json_gets_one_line_a_run(quick):
     assert ours["config"]["lr"] == 0.01
 
 
-@pytest.mark.parametrize("positions", ["sinusoidal", "learned", "shuffled"])
+@pytest.mark.parametrize("positions", ["sinusoidal", "learned", "rotary", "shuffled"])
 def test_a_saved_model_is_the_one_that_was_measured(positions, quick):
     quick(f"--json r.json --save m.pt --n-layers 2 --n-heads 4 --positions {positions}")
     result = records()[0]
     saved = torch.load("m.pt", weights_only=True)
+    assert saved["arguments"]["positions"] == positions
     model = spt.Transformer(**saved["arguments"])
     model.load_state_dict(saved["weights"])
     _, (_, _, x_test, y_test) = spt.load_data(spt.Config(**result["config"]))
@@ -1954,10 +1998,12 @@ def test_a_full_disk_under_save_leaves_the_older_file(quick, monkeypatch, capsys
     assert contents() == {Path("m.pt"): b"older"}
 
 
-def launch(*command, **environment):
+def launch(*command, encoding="utf-8"):
     """Python with these arguments, as a process of its own."""
+    environment = dict(os.environ, PYTHONIOENCODING=encoding)
+    environment.pop("PYTHONUNBUFFERED", None)    # it would hide a flush that is missing
     return subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, env={**os.environ, **environment}, text=True,
+        [sys.executable, *command], cwd=ROOT, env=environment, encoding=encoding,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
 
@@ -1965,7 +2011,7 @@ QUICK_COMPARE = ["spt.py", *QUICK, "--compare", "--seeds", "1", "--jobs", "1"]
 
 
 def test_a_terminal_without_the_characters_gets_the_numbers():
-    process = launch(*QUICK_COMPARE, PYTHONIOENCODING="ascii")
+    process = launch(*QUICK_COMPARE, encoding="ascii")
     out, err = process.communicate()
     assert err == ""
     assert process.returncode == 0
@@ -2015,6 +2061,24 @@ def test_ctrl_c_ends_a_run_within_3_seconds_in_one_line(flags, n_lines):
         process.kill()
     assert err == "spt.py: interrupted\n"
     assert process.returncode == 130
+
+
+class NoWorkers:
+    """In the place of a multiprocessing context. Its pool is what Ctrl-C does while it starts."""
+
+    @staticmethod
+    def Pool(jobs, initializer):
+        return signal.getsignal(signal.SIGINT)
+
+
+def test_workers_ignore_ctrl_c_and_their_parent_does_not(monkeypatch):
+    monkeypatch.setattr(spt, "get_context", lambda method: NoWorkers)
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert spt.start_workers(1) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 # --- Pieces that copy alone, and README --------------------------------------------------------
