@@ -6,8 +6,8 @@
     bag        the control: the label is in the token counts, and order means nothing
 
 Every generator returns `tokens` (n, T) int64 in [0, V) and `labels` (n,) int64 with balanced
-classes. Each is complete in itself, so that it can be copied alone. Letters in shape comments:
-n sequences, T tokens in each, V symbols, K classes.
+classes. All but `text` are complete in themselves, so that they can be copied alone. Letters in
+shape comments: n sequences, T tokens in each, V symbols, K classes.
 """
 from math import isqrt
 from pathlib import Path
