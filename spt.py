@@ -14,7 +14,7 @@ asks about an average over positions, which hardly moves when all of them look a
 masked token asks at its own position, where its neighbour tells.
 
     python spt.py --task proximity --lr 0.01                labels alone, 600 steps: 0.51
-    python spt.py --task proximity --start near --lr 0.01   the same, but attention starts near: 1.00
+    python spt.py --task proximity --start near --lr 0.01   the same, attention starts near: 1.00
     python spt.py --task proximity --spt                    400 steps on masks, 200 on labels: 1.00
     python spt.py --compare                                 these three over several seeds
     python spt.py --reproduce                               every claim, with a verdict
