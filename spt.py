@@ -776,13 +776,13 @@ def show_heads(result):
     reach = min(16, (T - 1) // 2)
     offsets = range(-reach, reach + 1)
     ruler = f"{-reach:<{reach}}0{reach:>+{reach}}"
-    print(f"{'tenths of attention (. is < 1)':31}{ruler}   -1    0   +1")
+    print(f"{'tenths of attention (. is 0)':31}{ruler}   -1    0   +1")
     for stage, layers in result["looks"].items():
         for layer, heads in enumerate(layers, 1):
             for number, head in enumerate(heads, 1):
                 tenths = ""
                 for offset in offsets:
-                    digit = min(9, int(10 * head[offset]))
+                    digit = min(9, round(10 * head[offset]))
                     tenths += str(digit) if digit > 0 else "."
                 name = f"{stage}, layer {layer} head {number}"
                 print(f"{name:31}{tenths} {head[-1]:.2f} {head[0]:.2f} {head[1]:.2f}")
@@ -889,10 +889,10 @@ CLAIMS = {
     "1b the same on sequences of 128 tokens": [
         labels_fail(0.70, seq_len=128),
         spt_works(0.95, seq_len=128)],
-    "1c the same in two dimensions (texture)": [
+    "1c a smaller gap in two dimensions (texture)": [
         labels_fail(0.90, task="texture"),
         spt_works(0.95, task="texture")],
-    "1d the same with learned positions, 400 + 400 steps": [
+    "1d a smaller gap with learned positions, 400 + 400 steps": [
         labels_fail(0.75, **LONGER),
         spt_works(0.80, **LONGER)],
     "2 depth is not the bottleneck: 2 layers": [

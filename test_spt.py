@@ -1924,10 +1924,10 @@ def test_heads_are_printed_in_tenths_by_offset_and_then_at_the_neighbours(capsys
     head = [0.0] * 9
     head[0] = 0.41
     head[1] = 0.12     # the right neighbour
-    head[-1] = 0.35    # the left neighbour
+    head[-1] = 0.28    # the left neighbour
     spt.show_heads(dict(config=dict(seq_len=9), looks={"start": [[head]]}))
     line = capsys.readouterr().out.splitlines()[1]
-    assert line == "start, layer 1 head 1          ...341... 0.35 0.41 0.12"
+    assert line == "start, layer 1 head 1          ...341... 0.28 0.41 0.12"
 
 
 def test_a_run_prints_80_columns(quick, capsys):
