@@ -914,7 +914,7 @@ CLAIMS = {
             rates=LABEL_RATES)],
     "5a offsets given by rotary positions are enough": [
         Row("labels, rotary", dict(positions="rotary", lr=0.01), low=0.95)],
-    "6 the near start also ends SPT's plateau: 128 tokens, 150 steps": [
+    "6 the near start also shortens SPT's plateau: 128 tokens, 150 steps": [
         Row("SPT", SHORT, high=0.60),
         Row("SPT, near start", dict(start="near", **SHORT), low=0.85)],
     "7 the number of targets a step counts, for labels and for masks": [
