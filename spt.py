@@ -910,7 +910,7 @@ CLAIMS = {
         Row("SPT, these frozen", dict(spt=True, freeze_qk=True), high=0.60)],
     "5 on this task looking near is enough, without pretraining": [
         Row("labels, near start", dict(start="near", lr=0.01), low=0.95),
-        Row("the same, shuffled", dict(start="near", positions="shuffled"), high=0.60,
+        Row("positions shuffled", dict(start="near", positions="shuffled"), high=0.60,
             rates=LABEL_RATES)],
     "5a offsets given by rotary positions are enough": [
         Row("labels, rotary", dict(positions="rotary", lr=0.01), low=0.95)],
