@@ -206,9 +206,12 @@ def from_file(path, seed=0):
     else:
         order = np.random.default_rng(seed).permutation(len(tokens))  # (n,)
         n_test = max(1, len(tokens) // 5)
-        test, train = order[:n_test], order[n_test:]
-        tokens, test_tokens = tokens[train], tokens[test]
-        labels, test_labels = labels[train], labels[test]
+        in_test = order[:n_test]
+        in_train = order[n_test:]
+        test_tokens = tokens[in_test]
+        test_labels = labels[in_test]
+        tokens = tokens[in_train]
+        labels = labels[in_train]
     for name, train, test in (("tokens", tokens, test_tokens), ("labels", labels, test_labels)):
         kinds = {train.dtype.kind, test.dtype.kind}
         if len(kinds) > 1 and kinds & {"U", "S"}:    # text, and something else
