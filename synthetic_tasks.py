@@ -222,11 +222,13 @@ def from_file(path, seed=0):
                          f"sequences {test_tokens.shape[1]}; all need one length")
     symbols = np.unique(tokens)                                       # (V,), sorted
     classes = np.unique(labels)                                       # (K,), sorted
+    if len(symbols) < 2:
+        raise ValueError(f"data {path}: tokens has one symbol, {symbols}; needs two")
     if len(classes) < 2:
         raise ValueError(f"data {path}: labels has one class, {classes}; needs two")
     if not np.isin(test_labels, classes).all():
-        raise ValueError(f"data {path}: test_labels has classes that labels has not; needs "
-                         f"some of {classes}")
+        raise ValueError(f"data {path}: test_labels has classes that labels has not; needs no "
+                         "others")
     return (index_in(symbols, tokens), index_in(classes, labels),
             index_in(symbols, test_tokens), index_in(classes, test_labels))
 
@@ -273,8 +275,8 @@ def check_tokens(path, name, arrays):
                          "np.digitize(values, np.quantile(values, np.arange(1, 16) / 16))")
     if tokens.dtype.kind not in "iubUS":
         raise ValueError(f"{found}; needs integers, booleans or characters")
-    if tokens.ndim != 2 or len(tokens) < 2 or tokens.shape[1] < 3:
-        raise ValueError(f"{found}; needs (n, T) with 2 sequences of 3 tokens or more")
+    if tokens.ndim != 2 or len(tokens) == 0 or tokens.shape[1] < 3:
+        raise ValueError(f"{found}; needs (n, T), sequences of 3 tokens or more")
     return tokens
 
 

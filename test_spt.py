@@ -399,6 +399,7 @@ def test_a_test_part_in_the_file_is_used_as_it_is(tmp_path):
     ("tokens", BITS.astype(str), "tokens is <U21 but test_tokens int64; needs one type"),
     ("labels", FIRST[1:], r"labels is int64 \(31,\); needs \(32,\)"),
     ("labels", FIRST + 0.5, "labels is float64 .*whole floats"),
+    ("tokens", BITS * 0, r"one symbol, \[0\]; needs two"),
     ("labels", FIRST * 0, r"one class, \[0\]; needs two"),
     ("test_labels", FIRST[9:] + 1, "test_labels has classes that labels has not"),
     ("test_tokens", BITS[9:, 1:], "5 tokens, test sequences 4; all need one length"),
