@@ -2144,13 +2144,3 @@ def test_the_encoder_of_readme_learns_with_self_pretraining(capsys):
     exec(code, {})
     printed = capsys.readouterr().out.split()
     assert float(printed[-1]) >= 0.9
-
-
-def test_the_near_start_of_that_encoder_needs_no_pretraining():
-    blocks = code_blocks("python")
-    encoder = [block for block in blocks if "TransformerEncoder(" in block][0]
-    near_start = [block for block in blocks if "in_proj_weight" in block][0]
-    scope = {}
-    exec(encoder.partition("spt.pretrain")[0] + near_start, scope)
-    spt.finetune(scope["model"], scope["x"], scope["y"], steps=600, lr=0.01)
-    assert spt.accuracy(scope["model"], scope["x_test"], scope["y_test"]) >= 0.9
