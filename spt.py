@@ -1290,8 +1290,14 @@ def check_files(given):
         target = path if name == "json" and os.path.exists(path) else folder
         if not os.access(target, os.W_OK):
             raise ValueError(f"--{name} {path}: cannot be written")
-    if "save" in given and given["save"] == given.get("json"):
-        raise ValueError(f"--save {given['save']}: is the file of --json")
+    # No output may overwrite an input or another output.
+    flags = {}    # {real path: flag}
+    for name in ("text", "data", "json", "save"):
+        if name in given:
+            path = os.path.realpath(given[name])
+            if path in flags:
+                raise ValueError(f"--{name} {given[name]}: is the file of {flags[path]}")
+            flags[path] = f"--{name}"
 
 
 def check_device(device, jobs):
