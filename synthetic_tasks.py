@@ -227,8 +227,8 @@ def from_file(path, seed=0):
     if len(classes) < 2:
         raise ValueError(f"data {path}: labels has one class, {classes}; needs two")
     if not np.isin(test_labels, classes).all():
-        raise ValueError(f"data {path}: test_labels has classes that labels has not; needs no "
-                         "others")
+        raise ValueError(f"data {path}: labels of the test part has classes that the training part "
+                         "has not; needs no others")
     return (index_in(symbols, tokens), index_in(classes, labels),
             index_in(symbols, test_tokens), index_in(classes, test_labels))
 
@@ -254,11 +254,12 @@ def read_array(path, file, name):
     """The array `name` of an open .npz file; otherwise ValueError says why not."""
     try:
         array = file[name]
-    except ValueError:    # what numpy says of objects, which could execute anything
-        raise ValueError(f"data {path}: {name} is an array of objects, as rows of unequal length "
-                         "make; needs one length, and integers, booleans or characters") from None
     except Exception as error:    # zipfile, zlib and numpy raise many kinds
-        raise ValueError(f"data {path}: {name} cannot be read, {error}") from None
+        problem = f"cannot be read, {error}"
+        if "pickle" in str(error):    # what numpy says of objects, which could execute anything
+            problem = ("is an array of objects, as rows of unequal length make; needs one length, "
+                       "and integers, booleans or characters")
+        raise ValueError(f"data {path}: {name} {problem}") from None
     if not isinstance(array, np.ndarray):
         raise ValueError(f"data {path}: {name} cannot be read, it is no array")
     return array
