@@ -622,6 +622,11 @@ def test_the_rate_warms_up_and_then_follows_a_cosine_to_a_tenth(step, rate):
     assert spt.learning_rate(step, 40, 0.01) == pytest.approx(rate)
 
 
+def test_the_rate_is_highest_where_the_warm_up_ends():
+    rates = [spt.learning_rate(step, 40, 0.01) for step in range(40)]
+    assert max(rates) == rates[3]
+
+
 def test_training_equals_a_plain_loop_of_adamw_over_random_batches():
     model = small_model()
     by_hand = copy.deepcopy(model)
@@ -824,8 +829,8 @@ def records():
 # No value is the default.
 EVERY_SETTING = dict(
     seed=3, n_train=60, n_test=30, seq_len=11, vocab_size=6, signal=0.8, positions="rotary",
-    n_layers=2, d_model=16, n_heads=1, d_ff=20, start="near", pretrain_steps=7, finetune_steps=5,
-    batch_size=7, pretrain_lr=0.02, lr=0.003, mask_ratio=0.4)
+    n_layers=2, d_model=16, n_heads=1, d_ff=20, start="near", pretrain_steps=7, finetune_steps=40,
+    batch_size=7, pretrain_lr=0.02, lr=0.03, mask_ratio=0.4)
 
 
 def test_every_flag_acts_as_in_a_run_written_by_hand(empty_folder):
@@ -836,20 +841,21 @@ def test_every_flag_acts_as_in_a_run_written_by_hand(empty_folder):
                             d_ff=20)
     spt.start_attention(model, "near")
     spt.pretrain(model, x, mask_id=6, mask_ratio=0.4, steps=7, lr=0.02, batch_size=7, seed=3)
-    spt.finetune(model, x, y, steps=5, lr=0.003, batch_size=7, seed=3)
+    spt.finetune(model, x, y, steps=40, lr=0.03, batch_size=7, seed=3)
 
     spt.main(["--spt", "--json", "r.json", "--save", "m.pt", *flags_of(EVERY_SETTING)])
     weights = torch.load("m.pt", weights_only=True)["weights"]
     assert_close(weights, model.state_dict(), rtol=0, atol=0)
     assert records()[0]["train"] == spt.accuracy(model, x, y)
     assert records()[0]["test"] == spt.accuracy(model, x_test, y_test)
+    assert records()[0]["train"] != records()[0]["test"]    # neither can stand for the other
 
 
 def test_labels_alone_get_the_steps_of_both_phases(empty_folder):
     x, y, _, _ = small_data()
     model = spt.new_model(SMALL, 2, seed=0)
-    spt.finetune(model, x, y, steps=6 + 4)
-    spt.main([*QUICK, "--save", "m.pt"])
+    spt.finetune(model, x, y, steps=6 + 4, lr=0.003)
+    spt.main([*QUICK, "--lr", "0.003", "--save", "m.pt"])
     weights = torch.load("m.pt", weights_only=True)["weights"]
     assert_close(weights, model.state_dict(), rtol=0, atol=0)
 
@@ -1789,10 +1795,16 @@ def code_block(start):
     return [block for block in blocks if start in block][0]
 
 
-def test_the_method_in_readme_is_that_of_the_file():
-    source = inspect.getsource(spt)
-    for line in code_block("def mask_tokens").splitlines():
-        assert line in source
+def test_the_method_in_readme_computes_the_losses_of_the_file():
+    model = small_model()
+    tokens = random_tokens()
+    scope = dict(torch=torch, F=F, model=model, tokens=tokens, labels=LABELS, mask_ratio=0.3,
+                 mask_id=5)
+    exec(code_block("masked_loss ="), scope)
+    assert 0 < scope["is_masked"].float().mean() < 0.6
+    by_masks = spt.masked_loss(model, tokens, scope["corrupted"], scope["is_masked"])
+    assert_close(scope["masked_loss"], by_masks)
+    assert_close(scope["label_loss"], spt.label_loss(model, tokens, LABELS))
 
 
 def test_readme_names_every_claim_and_bound():

@@ -94,7 +94,7 @@ def draw_arm(axes, runs, first, colour):
 
 def draw_accuracy(part, labels, near, masks):
     """Test accuracy over steps, of three arms."""
-    part.suptitle("1  Accuracy")
+    part.suptitle("1  Accuracy, five seeds")
     axes = part.subplots()
     axes.axvspan(0, 400, color=BLUE, alpha=0.08)
     draw_arm(axes, labels, 0, ORANGE)
@@ -123,7 +123,7 @@ def draw_attention(part, labels, near, masks):
     for cell, title in zip(cells.flat, maps):
         cell.set_title(title)
         image = cell.imshow(maps[title], norm=scale)
-    part.supxlabel("position looked at (key)")
+    part.supxlabel("position looked at (key), 16 of 64")
     part.supylabel("looked from (query)")
     bar = part.colorbar(image, ax=cells, format="%g")
     bar.set_label("attention (uniform: 0.016)")
@@ -131,7 +131,7 @@ def draw_attention(part, labels, near, masks):
 
 def draw_masked_losses(part, losses):
     """Masked loss over steps of pretraining, for {(T, start): losses of each seed}."""
-    part.suptitle("3  Masked loss: the plateau")
+    part.suptitle("3  Masked loss, two seeds")
     axes = part.subplots()
     axes.axhline(2.079, color=GREY, linewidth=0.8)
     for T, start in losses:
@@ -139,7 +139,7 @@ def draw_masked_losses(part, losses):
         # Single steps are noisy: the mean of the last ten is drawn.
         smooth = seen.unfold(0, 10, 1).mean(dim=1)
         axes.plot(range(10, 401), smooth, STYLES[start], color=COLOURS[T])
-    axes.text(170, 2.09, "knows nothing: ln 8", color=GREY)
+    axes.text(135, 2.09, "token frequencies alone", color=GREY)
     axes.text(128, 1.97, "64", color=SKY)
     axes.text(195, 1.97, "128", color=BLUE)
     axes.text(200, 2.045, "256 tokens")
