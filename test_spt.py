@@ -953,7 +953,8 @@ def test_the_device_decides_where_data_and_weights_live(monkeypatch):
     _, tensors = spt.load_data(config)
     model = spt.new_model(config, 2, seed=0)
     assert {tensor.device.type for tensor in tensors} == {"meta"}
-    assert {weight.device.type for weight in model.state_dict().values()} == {"meta"}
+    assert {weight.device.type for weight in model.parameters()} == {"meta"}
+    assert model.positions.device.type == "meta"
 
 
 @pytest.mark.parametrize("spt_arm", [False, True])
@@ -1782,6 +1783,19 @@ def test_ctrl_c_ends_a_run_within_3_seconds_in_one_line(flags, n_lines):
         process.kill()
     assert err == "spt.py: interrupted\n"
     assert process.returncode == 130
+
+
+class NoWorkers:
+    """In the place of a multiprocessing context. Its pool is what Ctrl-C does while it starts."""
+
+    @staticmethod
+    def Pool(jobs, initializer):
+        return signal.getsignal(signal.SIGINT)
+
+
+def test_workers_ignore_ctrl_c_which_is_for_their_parent_to_answer(monkeypatch):
+    monkeypatch.setattr(spt, "get_context", lambda method: NoWorkers)
+    assert spt.start_workers(1) == signal.SIG_IGN
 
 
 # --- Pieces that copy alone, and README --------------------------------------------------------
