@@ -1010,9 +1010,9 @@ def reproduce(seed, seeds, jobs, device, json_path):
 # tells something about it, so there looking right pays. And one sequence asks for many masked
 # tokens, but for one label.
 #
-# Set-up. One attention layer. Left out: the residual, the norm, and the part of the scores that
-# depends on tokens. S (T, T) are the scores, v_j is the value of token j, φ acts position by
-# position, W and U are the two output maps:
+# Set-up. One attention layer. Left out: the residual, and the part of the scores that depends on
+# tokens. S (T, T) are the scores, v_j is the value of token j, φ acts position by position, as norm
+# and MLP do, W and U are the two output maps:
 #     A = softmax(S) by rows,   z_i = Σ_j A_ij v_j,
 #     logits of the label: Wᵀ mean_i φ(z_i),   logits of masked token i: Uᵀ φ(z_i).
 # A direction Δ of the scores is *circulant* if Δ_ij depends on (j - i) mod T alone: all positions
