@@ -28,8 +28,8 @@ LABEL_RATES = (0.001, 0.003, 0.01)
 LARGER = dict(n_layers=2, d_model=64, n_heads=4, d_ff=128, pretrain_steps=3000,
               finetune_steps=3000, pretrain_lr=0.003, lr=0.003)
 LINES = {
-    "MNIST-1D, in order": dict(data="mnist1d.npz", **LARGER),
-    "MNIST-1D, shuffled": dict(data="mnist1d_shuffled.npz", **LARGER),
+    "MNIST-1D, in order: 2 layers, width 64, 6,000 steps": dict(data="mnist1d.npz", **LARGER),
+    "MNIST-1D, positions shuffled alike everywhere": dict(data="mnist1d_shuffled.npz", **LARGER),
     "digits, 600 steps": dict(data="digits.npz"),
     "digits, 2,400 steps": dict(data="digits.npz", finetune_steps=2000),
 }
