@@ -1000,8 +1000,9 @@ def reproduce(seed, seeds, jobs, device, json_path):
 
 
 # ---------------------------------------------------------------------------------------------
-# Theory, in three parts: (a) what a bag of tokens tells masks and labels; (b) why labels are at
-# first blind to looking near, and masked tokens are not; (c) the pulls of both while training.
+# Theory, in three parts: (a) what a bag of tokens teaches, by masks and by labels; (b) why labels
+# are at first blind to looking near, and masked tokens are not; (c) the pulls of both while
+# training.
 #
 # Part b in words. Attention starts uniform. A label asks about an average over positions. Let every
 # position look a bit more to its right. Then each token gains attention from its left neighbour and
@@ -1084,22 +1085,33 @@ def root_mean_square(x):
 
 
 def show_bag(seed, device):
-    """Part a: with attention held uniform, masks still learn a little, and labels nothing."""
+    """Part a: with attention held uniform, masks still learn a little, and labels nothing.
+
+    What masks teach then, to all but the query and key maps, is what neighbours tell. So their pull
+    to the neighbours grows a hundredfold. This is why theirs takes off in part c, and no other.
+    """
     print("(a) The bag. With attention held uniform, all that is seen is an average of\n"
           "all tokens.")
     # The hint is faint: after 400 steps one seed in ten has hardly taken it, after 800 all have.
-    uniform = recipe(start="uniform", freeze_qk=True, pretrain_steps=800, seed=seed, device=device)
-    masked, _ = run(replace(uniform, spt=True))
-    labels, _ = run(uniform)
-    loss = masked["test_masked_loss"]
-    knows_nothing = masked["frequency_loss"]
+    config = recipe(start="uniform", freeze_qk=True, pretrain_steps=800, seed=seed, device=device)
+    _, (x, _, x_test, y_test) = load_data(config)                         # (n, T), (n,) twice
     print("  A masked token's neighbours are in the average, so masks have a hint.")
+    masks, model = pulls_while_training(replace(config, spt=True))
+    loss = masked_loss_on_test(model, x_test, config)
+    knows_nothing = frequency_loss(x)
     hint = verdict(f"masked loss on test {loss:.3f} (0.004 or more below {knows_nothing:.3f}, "
                    "that\n    of token frequencies)", loss < knows_nothing - 0.004)
     print("  The label is not in the average.")
-    blind = verdict(f"test accuracy of labels {labels['test']:.3f} (at most 0.60)",
-                    labels["test"] <= 0.60)
-    return hint and blind
+    labels, model = pulls_while_training(config)
+    right = accuracy(model, x_test, y_test)
+    blind = verdict(f"test accuracy of labels {right:.3f} (at most 0.60)", right <= 0.60)
+    print("  So masks, not labels, teach the rest of the model what neighbours tell. Their\n"
+          "  pull to the neighbours (x 1000, see part c) grows although attention stands.")
+    pull = min(masks[-1]["pull"])
+    grows = verdict(f"the smaller pull of masks {pull:.1f} (above 5)", pull > 5)
+    largest = max(map(abs, labels[-1]["pull"]))
+    small = verdict(f"the larger pull of labels {largest:.2f} (at most 0.20)", largest <= 0.20)
+    return hint and blind and grows and small
 
 
 def show_proof(seed):
@@ -1122,43 +1134,43 @@ def show_proof(seed):
     return blind and near and sees
 
 
-def neighbour_pulls(model, loss, batches):
-    """Pull at offsets -1 and +1 x 1000: mean (2,) and standard deviation (2,) over batches."""
+def neighbour_pulls(model, config, tokens, labels):
+    """Pulls at offsets -1 and +1, x 1000: their means and standard deviations over batches of 32.
+
+    They are pulls of the loss that `config` trains on first: of masked tokens with `config.spt`,
+    else of labels. tokens (n, T) and labels (n,); returns two lists of 2.
+    """
+    generator = torch.Generator().manual_seed(config.seed)    # masks the same tokens each time
     pulls = []
-    for batch in batches:
-        pull = 1000 * attention_pull(model, loss, *batch)                 # (T,)
-        pulls.append(torch.stack([pull[-1], pull[1]]))                    # (2,)
+    for x, y in zip(tokens.split(32), labels.split(32)):                  # (B, T), (B,)
+        if config.spt:
+            corrupted, is_masked = mask_tokens(
+                x, config.vocab_size, config.mask_ratio, generator)       # (B, T)
+            pull = attention_pull(model, masked_loss, x, corrupted, is_masked)  # (T,)
+        else:
+            pull = attention_pull(model, label_loss, x, y)                # (T,)
+        pulls.append(1000 * torch.stack([pull[-1], pull[1]]))             # (2,)
     pulls = torch.stack(pulls)                                            # (batches, 2)
     return pulls.mean(dim=0).tolist(), pulls.std(dim=0).tolist()
 
 
-PULL_STEPS = (0, 25, 50, 100, 150, 200, 400)
+PULL_STEPS = (0, 25, 50, 100, 150, 200, 400, 800)
 
 
 def pulls_while_training(config):
-    """Pulls of the loss that is trained on, and where heads look, at PULL_STEPS; list of dicts.
+    """Train, and measure pulls and where heads look at those of PULL_STEPS that are reached.
 
-    With `config.spt` of masked tokens in pretraining, else of labels in supervised training. The
-    pulls are measured on 512 test sequences, in batches of 32.
+    With `config.spt` it is pretraining alone, else supervised training. The pulls are measured on
+    512 test sequences. Returns a list of dicts and the model.
     """
     config, (x, y, x_test, y_test) = load_data(config)                    # (n, T), (n,) twice
     model = new_model(config, 2, config.seed)
     training = dict(batch_size=config.batch_size, seed=config.seed, progress=False)
-    batches = []
-    generator = torch.Generator().manual_seed(config.seed)
-    for tokens, labels in zip(x_test[:512].split(32), y_test[:512].split(32)):
-        if config.spt:
-            corrupted, is_masked = mask_tokens(
-                tokens, config.vocab_size, config.mask_ratio, generator)  # (B, T)
-            batches.append((tokens, corrupted, is_masked))
-        else:
-            batches.append((tokens, labels))
-    loss = masked_loss if config.spt else label_loss
     found = []
 
     def measure(step):
         if step in PULL_STEPS:
-            pull, deviation = neighbour_pulls(model, loss, batches)
+            pull, deviation = neighbour_pulls(model, config, x_test[:512], y_test[:512])
             looks = on_neighbours(look(model, x_test[:64]))
             found.append(dict(step=step, pull=pull, deviation=deviation, on_neighbours=looks))
 
@@ -1169,14 +1181,14 @@ def pulls_while_training(config):
     else:
         finetune(model, x, y, steps=config.pretrain_steps + config.finetune_steps, lr=config.lr,
                  on_step=measure, **training)
-    return found
+    return found, model
 
 
 def show_pulls(seed, device, json_path):
     """Part c: in the full model the masks' pull takes off, and that of labels stays small."""
     config = recipe(seed=seed, device=device)
-    masks = pulls_while_training(replace(config, spt=True))
-    labels = pulls_while_training(config)
+    masks, _ = pulls_while_training(replace(config, spt=True))
+    labels, _ = pulls_while_training(config)
     append_json(json_path, dict(row="theory", masks=masks, labels=labels, config=asdict(config)))
     print("\n(c) The pulls while training, in the full model: x 1000, ± standard deviation\n"
           "over batches of 32; and attention on neighbours (uniform: 0.03).")

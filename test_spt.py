@@ -1382,18 +1382,33 @@ def test_the_proof_fails_on_other_numbers(which, where, size, monkeypatch):
     assert not spt.show_proof(0)
 
 
-@pytest.mark.parametrize("masked_loss, label_test, holds", [
-    (2.068, 0.51, True), (2.078, 0.51, False), (2.068, 0.70, False)])
+@pytest.mark.parametrize("masked_loss, label_test, masks, labels, holds", [
+    pytest.param(2.068, 0.51, [14.0, 15.0], [0.09, -0.09], True, id="all hold"),
+    pytest.param(2.078, 0.51, [14.0, 15.0], [0.09, -0.09], False, id="masks have no hint"),
+    pytest.param(2.068, 0.70, [14.0, 15.0], [0.09, -0.09], False, id="labels learn"),
+    pytest.param(2.068, 0.51, [14.0, 4.0], [0.09, -0.09], False, id="a pull of masks is small"),
+    pytest.param(2.068, 0.51, [14.0, 15.0], [0.09, -0.30], False, id="a pull of labels grows"),
+])
 def test_the_bag_holds_if_masks_have_a_hint_and_labels_do_not(
-        masked_loss, label_test, holds, monkeypatch):
+        masked_loss, label_test, masks, labels, holds, monkeypatch, capsys):
     configs = []
 
-    def run(config):
+    def pulls_while_training(config):
         configs.append(config)
-        return dict(test_masked_loss=masked_loss, frequency_loss=2.079, test=label_test), None
+        last = masks if config.spt else labels
+        return [dict(pull=[0.0, 0.0]), dict(pull=last)], f"model {len(configs)}"
 
-    monkeypatch.setattr(spt, "run", run)
+    def masked_loss_on_test(model, tokens, config):
+        return {"model 1": masked_loss}[model]
+
+    def accuracy(model, tokens, labels):
+        return {"model 2": label_test}[model]
+
+    monkeypatch.setattr(spt, "pulls_while_training", pulls_while_training)
+    monkeypatch.setattr(spt, "masked_loss_on_test", masked_loss_on_test)
+    monkeypatch.setattr(spt, "accuracy", accuracy)
     assert spt.show_bag(seed=3, device="cpu") == holds
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
     uniform = spt.Config(start="uniform", freeze_qk=True, pretrain_steps=800, seed=3)
     assert configs == [replace(uniform, spt=True), uniform]
 
@@ -1406,47 +1421,68 @@ def test_the_pulls_hold_if_both_of_masks_grow_and_none_of_labels(
         masks, labels, holds, monkeypatch):
     def pulls_while_training(config):
         pull = masks if config.spt else labels
-        return [dict(step=100, pull=pull, deviation=[0.1, 0.1], on_neighbours=0.03)]
+        return [dict(step=100, pull=pull, deviation=[0.1, 0.1], on_neighbours=0.03)], None
 
     monkeypatch.setattr(spt, "pulls_while_training", pulls_while_training)
     assert spt.show_pulls(0, "cpu", None) == holds
 
 
 @pytest.mark.parametrize("spt_arm", [False, True])
-def test_the_pulls_are_of_the_loss_that_is_trained_on(spt_arm, monkeypatch):
-    losses = []
-
-    def neighbour_pulls(model, loss, batches):
-        losses.append(loss)
-        return [0.0, 0.0], [0.0, 0.0]
-
-    monkeypatch.setattr(spt, "neighbour_pulls", neighbour_pulls)
-    found = spt.pulls_while_training(replace(SMALL, spt=spt_arm, pretrain_steps=25))
-    assert [row["step"] for row in found] == [0, 25]
-    assert losses == [spt.masked_loss if spt_arm else spt.label_loss] * 2
-
-
-def test_the_pulls_at_a_step_are_those_of_the_model_after_so_many_steps():
-    config = replace(SMALL, n_test=64, pretrain_steps=22)    # and 4 steps on labels
+def test_the_pulls_at_a_step_are_those_of_the_model_after_so_many_steps(spt_arm):
+    config = replace(SMALL, n_test=64, spt=spt_arm, pretrain_steps=26)
     x, y, x_test, y_test = small_data(n_test=64)
     model = spt.new_model(config, 2, seed=0)
+    start = copy.deepcopy(model)
     kept = []
 
     def keep(step):
         if step == 25:
             kept.append(copy.deepcopy(model))
 
-    spt.finetune(model, x, y, steps=26, on_step=keep)
-    batches = [(x_test[:32], y_test[:32]), (x_test[32:], y_test[32:])]
-    pull, _ = spt.neighbour_pulls(kept[0], spt.label_loss, batches)
-    assert spt.pulls_while_training(config)[1]["pull"] == pull
+    if spt_arm:
+        spt.pretrain(model, x, mask_id=5, steps=26, on_step=keep)
+    else:
+        spt.finetune(model, x, y, steps=26 + config.finetune_steps, on_step=keep)
+    found, trained = spt.pulls_while_training(config)
+    assert [row["step"] for row in found] == [0, 25]
+    assert found[0]["pull"] == spt.neighbour_pulls(start, config, x_test, y_test)[0]
+    assert found[1]["pull"] == spt.neighbour_pulls(kept[0], config, x_test, y_test)[0]
+    assert_same_bits(trained, model)
 
 
-def test_neighbour_pulls_are_mean_and_deviation_over_batches_times_1000(monkeypatch):
+def mean_neighbour_pulls(model, loss, batches):
+    pulls = [1000 * spt.attention_pull(model, loss, *batch) for batch in batches]
+    mean = torch.stack(pulls).mean(dim=0)
+    return pytest.approx([mean[-1].item(), mean[1].item()])
+
+
+def test_the_pulls_of_labels_are_of_the_label_loss():
+    model = small_model()
+    _, _, tokens, labels = small_data(n_test=64)
+    expected = mean_neighbour_pulls(model, spt.label_loss, zip(tokens.split(32), labels.split(32)))
+    found, _ = spt.neighbour_pulls(model, SMALL, tokens, labels)
+    assert found == expected
+
+
+def test_the_pulls_of_masks_are_of_the_masked_loss_with_the_same_masks_each_time():
+    model = small_model()
+    _, _, tokens, labels = small_data(n_test=64)
+    generator = torch.Generator().manual_seed(4)
+    batches = [(part, *spt.mask_tokens(part, 5, 0.4, generator)) for part in tokens.split(32)]
+    expected = mean_neighbour_pulls(model, spt.masked_loss, batches)
+    config = replace(SMALL, spt=True, seed=4, mask_ratio=0.4)
+    first, _ = spt.neighbour_pulls(model, config, tokens, labels)
+    again, _ = spt.neighbour_pulls(model, config, tokens, labels)
+    assert first == expected
+    assert again == expected
+
+
+def test_neighbour_pulls_are_mean_and_deviation_over_batches_of_32(monkeypatch):
     # Pulls of two batches, by offset; the left neighbour is the last.
     pulls = iter([torch.tensor([0, 1.0, 0, 0, 3.0]), torch.tensor([0, 5.0, 0, 0, 9.0])])
     monkeypatch.setattr(spt, "attention_pull", lambda model, loss, *batch: next(pulls))
-    means, deviations = spt.neighbour_pulls(None, None, [(), ()])
+    _, _, tokens, labels = small_data(n_test=64)
+    means, deviations = spt.neighbour_pulls(None, SMALL, tokens, labels)
     assert means == [6000, 3000]
     assert deviations == pytest.approx([6000 / math.sqrt(2), 4000 / math.sqrt(2)])
 
@@ -1459,12 +1495,13 @@ def test_theory_fails_if_one_of_its_parts_fails(failing, monkeypatch):
     assert spt.main(["--theory", "--seed", "4"]) == (0 if failing is None else 1)
 
 
-def test_masks_have_a_hint_where_attention_is_held_uniform():
-    config = spt.Config(start="uniform", freeze_qk=True)
-    x, _, x_test, _ = spt.load_data(config)[1]
-    model = spt.new_model(config, 2, seed=0)
-    spt.pretrain(model, x, mask_id=8, steps=800, progress=False)
+def test_where_attention_is_held_uniform_masks_have_a_hint_and_their_pull_grows():
+    config = spt.Config(spt=True, start="uniform", freeze_qk=True, pretrain_steps=800)
+    _, (_, _, x_test, _) = spt.load_data(config)
+    found, model = spt.pulls_while_training(config)
     assert spt.masked_loss_on_test(model, x_test, config) < math.log(8) - 0.004
+    assert found[-1]["step"] == 800
+    assert min(found[-1]["pull"]) > 5
 
 
 def test_theory_end_to_end(empty_folder, monkeypatch, capsys):
@@ -1473,7 +1510,7 @@ def test_theory_end_to_end(empty_folder, monkeypatch, capsys):
     assert spt.main(["--theory", "--json", "r.json"]) == 0
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
     for arm in ("masks", "labels"):
-        assert [row["step"] for row in records()[0][arm]] == list(spt.PULL_STEPS)
+        assert [row["step"] for row in records()[0][arm]] == [0, 25, 50, 100, 150, 200, 400]
 
 
 # --- Bad input ---------------------------------------------------------------------------------
