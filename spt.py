@@ -20,7 +20,7 @@ masked token asks at its own position, where its neighbour tells.
     python spt.py --reproduce                               every claim, with a verdict
     python spt.py --theory                                  why: the bag, the proof, the pulls
 
-The third command takes about 5 seconds on one core (Intel Xeon, torch 2.13.0). It prints, among
+The third command takes about 5 seconds on one core (AMD EPYC, torch 2.13.0). It prints, among
 other lines, this one. Its last column is attention on the two neighbours, where uniform attention
 has 0.03.
 
