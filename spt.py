@@ -10,8 +10,8 @@ In class 1 a token is often the previous one plus 1, in class 0 the previous one
 Every token is equally frequent in both classes. Only who stands next to whom tells them apart. With
 600 steps on labels alone the model stays at chance, with SPT it is near perfect. The reason:
 attention starts as a bag of tokens; masks teach it to look near; then labels can use it. A label
-asks about an average over positions, which hardly moves when all of them look a bit nearer. A
-masked token asks at its own position, where its neighbour tells.
+asks about an average over positions, which hardly moves when all positions look a bit nearer. A
+masked token asks at its own position, where a neighbour tells something about it.
 
     python spt.py --task proximity --lr 0.01                labels alone, 600 steps: 0.51
     python spt.py --task proximity --start near --lr 0.01   the same, attention starts near: 1.00
@@ -21,8 +21,8 @@ masked token asks at its own position, where its neighbour tells.
     python spt.py --theory                                  why: the bag, the proof, the pulls
 
 The third command takes about 5 seconds on one core (AMD EPYC, torch 2.13.0). It prints, among
-other lines, this one. Its last column is attention on the two neighbours, where uniform attention
-has 0.03.
+other lines, this one. Its last column is attention on the two neighbours together, of the head that
+has most. Uniform attention has 0.03.
 
                                      train accuracy  test accuracy   on neighbours
     SPT, seed 0                      1.000           1.000           0.51
@@ -372,8 +372,8 @@ def accuracy(model, tokens, labels, batch_size=32):
 def start_attention(model, start):
     """Change where the attention of every block starts, before any training.
 
-    "random" changes nothing. "near" sets key to query and makes both three times as large. Scores
-    are then nine times as large, enough for the softmax to prefer what is alike. "uniform" sets
+    "random" changes nothing. "near" sets key to query and makes both three times as large. That
+    makes scores nine times as large, enough for the softmax to prefer what is alike. "uniform" sets
     query to 0, so that every position attends to all alike. Raises ValueError for any other word.
     Mimetic initialization is related (Trockman & Kolter 2023, arXiv 2305.09828).
     """
@@ -418,8 +418,8 @@ def by_offset(x):
     """
     T = x.shape[-1]
     position = torch.arange(T, device=x.device)                           # (T,)
-    key = (position[:, None] + position) % T                              # (T, T), i + offset
-    by_query = x.gather(-1, key.expand_as(x))                             # (..., T, T)
+    key_position = (position[:, None] + position) % T                     # (T, T), i + offset
+    by_query = x.gather(-1, key_position.expand_as(x))                    # (..., T, T)
     return by_query.sum(dim=-2)                                           # (..., T)
 
 
@@ -450,7 +450,7 @@ def pull_by_offset(gradient):
 
     A pull is minus the gradient with respect to an extra score at one offset, the same at all
     positions. The mean over all offsets but 0 is subtracted. A masked position has the mask at
-    offset 0, and its wish to look away from that would else count as a pull to every other offset.
+    offset 0, and looking away from it would otherwise count as a pull to all other offsets.
     """
     pull = -by_offset(gradient)                                           # (T,)
     return pull - pull[1:].mean()
@@ -644,7 +644,7 @@ def run(config, progress=False):
         result["masked_loss"] = [statistics.mean(losses[:20]), statistics.mean(losses[-20:])]
         result["test_masked_loss"] = masked_loss_on_test(model, x_test, config)
         if config.transfer != "all":
-            # A new seed, so that what is not copied is new, and not the start of what is.
+            # With the old seed, what is not copied would be the start of the pretrained model.
             pretrained = model
             model = new_model(config, n_classes, config.seed + 10**6)
             transfer(pretrained, model, config.transfer)
@@ -955,7 +955,7 @@ def mean_test(results):
 
 
 def judge(row, results, seeds):
-    """Print the row at its best rate. Returns whether it lies in its interval, and says so."""
+    """Print the row at its best rate. Returns whether it is in its interval, and that as text."""
     by_rate = [results[i:i + seeds] for i in range(0, len(results), seeds)]
     best = max(by_rate, key=mean_test)
     show_row(f"  {row.name}, lr {best[0]['config']['lr']:g}", best)
@@ -1088,7 +1088,8 @@ def show_bag(seed, device):
     """Part a: with attention held uniform, masks still learn a little, and labels nothing.
 
     What masks teach then, to all but the query and key maps, is what neighbours tell. So their pull
-    to the neighbours grows a hundredfold. This is why theirs takes off in part c, and no other.
+    to the neighbours grows although attention stands. This is why the masks' pull takes off in
+    part c, and the labels' does not.
     """
     print("(a) The bag. With attention held uniform, all that is seen is an average of\n"
           "all tokens.")
@@ -1220,8 +1221,8 @@ def theory(seed, device, json_path):
 
 
 # ---------------------------------------------------------------------------------------------
-# The command line. What is wrong with flags and files is said in one line, with exit status 2, and
-# wherever it can be known before training begins.
+# The command line. What is wrong with flags and files is said in one line, below the usage, with
+# exit status 2, and wherever it can be known before training begins.
 # ---------------------------------------------------------------------------------------------
 RUN_FLAGS = {f.name for f in fields(Config)}
 FLAGS_OF_MODE = {
@@ -1260,7 +1261,7 @@ def make_parser():
 
 
 def check_flags(mode, given):
-    """Raise ValueError for a flag that would be ignored beside the others."""
+    """Raise ValueError for a flag that does not go with the others, or lacks one."""
     refused = {}    # {flag: why}
     for name in given:
         if name not in FLAGS_OF_MODE[mode]:
@@ -1302,7 +1303,7 @@ def check_files(given):
             raise ValueError(f"--save {path}: must be a file")
         if name == "save" and os.path.exists(path + ".part"):
             raise ValueError(f"--save {path}: {path}.part is in the way")
-        # What is saved is written beside the older file first.
+        # --save writes a new file beside the older one first, so its folder must be writable.
         target = path if name == "json" and os.path.exists(path) else folder
         if not os.access(target, os.W_OK):
             raise ValueError(f"--{name} {path}: cannot be written")
@@ -1366,8 +1367,8 @@ def check_input(parser, mode, given):
             if value < 1:
                 raise ValueError(f"--{name} {value}: must be 1 or more")
         check_device(config.device, jobs)
-        # Whatever is wrong with the data or the widths is found here, before training. A random
-        # test part is another one for each seed.
+        # Whatever is wrong with the data or the widths is found here, before training. Each seed
+        # may draw another test part, so all of them are checked.
         for seeded in over_seeds(config, seeds if mode == "compare" else 1):
             sized, _ = load_data(seeded)
         new_model(sized, 2, config.seed)
