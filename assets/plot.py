@@ -4,7 +4,7 @@
 
 Left: test accuracy over steps, five seeds. Middle: where one head looks, in one seed. Right: the
 masked loss over steps of pretraining, for three lengths of sequences, mean of two seeds. All that
-is drawn is trained here. Needs matplotlib beside requirements.txt, and takes 2 to 4 minutes on two
+is drawn is trained here. Needs matplotlib beside requirements.txt, and takes 1 to 4 minutes on two
 cores.
 """
 import sys
