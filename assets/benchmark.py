@@ -7,7 +7,7 @@ by row, 16 grey levels and 0, with a random fifth as the test.
 
 Needs `pip install mnist1d scikit-learn`. Nothing is downloaded. Writes mnist1d.npz,
 mnist1d_shuffled.npz and digits.npz into this folder and prints README's table, a line as soon as
-it is measured. It takes about 26 minutes on two cores. `--seeds 1` takes a third.
+it is measured. It takes about half an hour on two cores. `--seeds 1` takes a third.
 """
 import argparse
 import os
