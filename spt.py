@@ -1084,57 +1084,6 @@ def root_mean_square(x):
     return x.square().mean(dim=0).sqrt()
 
 
-def show_bag(seed, device):
-    """Part a: with attention held uniform, masks still learn a little, and labels nothing.
-
-    What masks teach then, to all but the query and key maps, is what neighbours tell. So their pull
-    to the neighbours grows although attention stands. This is why the masks' pull takes off in
-    part c, and the labels' does not.
-    """
-    print("(a) The bag. With attention held uniform, all that is seen is an average of\n"
-          "all tokens.")
-    # The hint is faint: after 400 steps one seed in ten has hardly taken it, after 800 all have.
-    config = recipe(start="uniform", freeze_qk=True, pretrain_steps=800, seed=seed, device=device)
-    _, (x, _, x_test, y_test) = load_data(config)                         # (n, T), (n,) twice
-    print("  A masked token's neighbours are in the average, so masks have a hint.")
-    masks, model = pulls_while_training(replace(config, spt=True))
-    loss = masked_loss_on_test(model, x_test, config)
-    knows_nothing = frequency_loss(x)
-    hint = verdict(f"masked loss on test {loss:.3f} (0.004 or more below {knows_nothing:.3f}, "
-                   "that\n    of token frequencies)", loss < knows_nothing - 0.004)
-    print("  The label is not in the average.")
-    labels, model = pulls_while_training(config)
-    right = accuracy(model, x_test, y_test)
-    blind = verdict(f"test accuracy of labels {right:.3f} (at most 0.60)", right <= 0.60)
-    print("  So masks, not labels, teach the rest of the model what neighbours tell. Their\n"
-          "  pull to the neighbours (x 1000, see part c) grows although attention stands.")
-    pull = min(masks[-1]["pull"])
-    grows = verdict(f"the smaller pull of masks {pull:.1f} (above 5)", pull > 5)
-    largest = max(map(abs, labels[-1]["pull"]))
-    small = verdict(f"the larger pull of labels {largest:.2f} (at most 0.20)", largest <= 0.20)
-    return hint and blind and grows and small
-
-
-def show_proof(seed):
-    """Part b: the pulls in the one-layer set-up are as proved."""
-    print("\n(b) The proof in numbers. One layer, uniform attention, float64: the size of the\n"
-          "pull on all positions alike, by offset (rms over 20 random starts).")
-    by_labels, by_masks, alone = one_layer_pulls(seed)
-    print(f"  {'offset':20}{1:<11}{2:<11}{4:<11}{8}")
-    for name, pulls in (("labels", by_labels), ("masked tokens", by_masks)):
-        sizes = root_mean_square(pulls)                                   # (T,)
-        print(f"  {name:20}{sizes[1]:<11.1e}{sizes[2]:<11.1e}{sizes[4]:<11.1e}{sizes[8]:.1e}")
-    largest = by_labels.abs().max()
-    blind = verdict("labels are blind: all below 1e-12", largest < 1e-12)
-    sizes = root_mean_square(by_masks)
-    near = verdict("masks ask for neighbours: offset 1 above 1e-4 and above twice offset 8",
-                   sizes[1] > 2 * sizes[8] and sizes[1] > 1e-4)
-    one = root_mean_square(alone)
-    sees = verdict(f"labels see one position that looks right alone: {one:.1e} (above 1e-6)",
-                   one > 1e-6)
-    return blind and near and sees
-
-
 def neighbour_pulls(model, config, tokens, labels):
     """Pulls at offsets -1 and +1, x 1000: their means and standard deviations over batches of 32.
 
@@ -1159,10 +1108,11 @@ PULL_STEPS = (0, 25, 50, 100, 150, 200, 400, 800)
 
 
 def pulls_while_training(config):
-    """Train, and measure pulls and where heads look at those of PULL_STEPS that are reached.
+    """Train a model, and measure its pulls and where heads look, at PULL_STEPS.
 
     With `config.spt` it is pretraining alone, else supervised training. The pulls are measured on
-    512 test sequences. Returns a list of dicts and the model.
+    512 test sequences. Returns a list of dicts, one for each of PULL_STEPS that was reached, and
+    the model.
     """
     config, (x, y, x_test, y_test) = load_data(config)                    # (n, T), (n,) twice
     model = new_model(config, 2, config.seed)
@@ -1183,6 +1133,59 @@ def pulls_while_training(config):
         finetune(model, x, y, steps=config.pretrain_steps + config.finetune_steps, lr=config.lr,
                  on_step=measure, **training)
     return found, model
+
+
+def show_bag(seed, device):
+    """Part a: with attention held uniform, masks still learn a little, and labels nothing.
+
+    Masks teach all but the query and key maps. They teach what neighbours tell. So their pull to
+    the neighbours grows, although attention does not move. This is why the masks' pull takes off in
+    part c, and the labels' does not.
+    """
+    print("(a) The bag. With attention held uniform, all that is seen is an average of\n"
+          "all tokens.")
+    # The hint is faint: after 400 steps one seed in ten has hardly taken it, after 800 all have.
+    config = recipe(start="uniform", freeze_qk=True, pretrain_steps=800, seed=seed, device=device)
+    _, (x, _, x_test, y_test) = load_data(config)                         # (n, T), (n,) twice
+    print("  A masked token's neighbours are in the average, so masks have a hint.")
+    masks, model = pulls_while_training(replace(config, spt=True))
+    loss = masked_loss_on_test(model, x_test, config)
+    by_frequencies = frequency_loss(x)
+    hint = verdict(f"masked loss on test {loss:.3f} (0.004 or more below {by_frequencies:.3f}, "
+                   "that\n    of token frequencies)", loss < by_frequencies - 0.004)
+    print("  The label is not in the average.")
+    labels, model = pulls_while_training(config)
+    test_accuracy = accuracy(model, x_test, y_test)
+    blind = verdict(f"test accuracy of labels {test_accuracy:.3f} (at most 0.60)",
+                    test_accuracy <= 0.60)
+    print("  So masks, not labels, teach the rest of the model what neighbours tell. Their\n"
+          "  pull to the neighbours grows, although attention does not move. A pull is how\n"
+          "  fast the loss falls as all positions look there more (x 1000).")
+    smaller = min(masks[-1]["pull"])
+    grows = verdict(f"the smaller pull of masks {smaller:.1f} (above 5)", smaller > 5)
+    larger = max(abs(pull) for pull in labels[-1]["pull"])
+    small = verdict(f"the larger pull of labels {larger:.2f} (at most 0.20)", larger <= 0.20)
+    return hint and blind and grows and small
+
+
+def show_proof(seed):
+    """Part b: the pulls in the one-layer set-up are as proved."""
+    print("\n(b) The proof in numbers. One layer, uniform attention, float64: the size of the\n"
+          "pull on all positions alike, by offset (rms over 20 random starts).")
+    by_labels, by_masks, alone = one_layer_pulls(seed)
+    print(f"  {'offset':20}{1:<11}{2:<11}{4:<11}{8}")
+    for name, pulls in (("labels", by_labels), ("masked tokens", by_masks)):
+        sizes = root_mean_square(pulls)                                   # (T,)
+        print(f"  {name:20}{sizes[1]:<11.1e}{sizes[2]:<11.1e}{sizes[4]:<11.1e}{sizes[8]:.1e}")
+    largest = by_labels.abs().max()
+    blind = verdict("labels are blind: all below 1e-12", largest < 1e-12)
+    sizes = root_mean_square(by_masks)
+    near = verdict("masks ask for neighbours: offset 1 above 1e-4 and above twice offset 8",
+                   sizes[1] > 2 * sizes[8] and sizes[1] > 1e-4)
+    one = root_mean_square(alone)
+    sees = verdict(f"labels see one position that looks right alone: {one:.1e} (above 1e-6)",
+                   one > 1e-6)
+    return blind and near and sees
 
 
 def show_pulls(seed, device, json_path):

@@ -1382,35 +1382,57 @@ def test_the_proof_fails_on_other_numbers(which, where, size, monkeypatch):
     assert not spt.show_proof(0)
 
 
-@pytest.mark.parametrize("masked_loss, label_test, masks, labels, holds", [
-    pytest.param(2.068, 0.51, [14.0, 15.0], [0.09, -0.09], True, id="all hold"),
-    pytest.param(2.078, 0.51, [14.0, 15.0], [0.09, -0.09], False, id="masks have no hint"),
-    pytest.param(2.068, 0.70, [14.0, 15.0], [0.09, -0.09], False, id="labels learn"),
-    pytest.param(2.068, 0.51, [14.0, 4.0], [0.09, -0.09], False, id="a pull of masks is small"),
-    pytest.param(2.068, 0.51, [14.0, 15.0], [0.09, -0.30], False, id="a pull of labels grows"),
+@pytest.fixture
+def bag(monkeypatch):
+    """Shows part a with made-up measurements. Returns whether it holds, and what was trained."""
+    def show(masked_loss=2.068, test_accuracy=0.51, masks=(14.0, 15.0), labels=(0.09, -0.09)):
+        configs = []
+
+        def pulls_while_training(config):
+            configs.append(config)
+            last = masks if config.spt else labels
+            return [dict(pull=[0.0, 0.0]), dict(pull=last)], f"model {len(configs)}"
+
+        def masked_loss_on_test(model, tokens, config):
+            assert model == "model 1"
+            return masked_loss
+
+        def accuracy(model, tokens, labels):
+            assert model == "model 2"
+            return test_accuracy
+
+        monkeypatch.setattr(spt, "pulls_while_training", pulls_while_training)
+        monkeypatch.setattr(spt, "masked_loss_on_test", masked_loss_on_test)
+        monkeypatch.setattr(spt, "accuracy", accuracy)
+        return spt.show_bag(seed=3, device="cpu"), configs
+    return show
+
+
+def test_the_bag_holds_if_masks_have_a_hint_and_their_pull_grows(bag):
+    holds, _ = bag()
+    assert holds
+
+
+@pytest.mark.parametrize("change", [
+    pytest.param(dict(masked_loss=2.078), id="masks have no hint"),
+    pytest.param(dict(test_accuracy=0.70), id="labels learn"),
+    pytest.param(dict(masks=(14.0, 4.0)), id="a pull of masks is small"),
+    pytest.param(dict(labels=(0.09, -0.30)), id="a pull of labels grows"),
 ])
-def test_the_bag_holds_if_masks_have_a_hint_and_labels_do_not(
-        masked_loss, label_test, masks, labels, holds, monkeypatch, capsys):
-    configs = []
+def test_the_bag_fails_if_one_measurement_is_another(bag, change):
+    holds, _ = bag(**change)
+    assert not holds
 
-    def pulls_while_training(config):
-        configs.append(config)
-        last = masks if config.spt else labels
-        return [dict(pull=[0.0, 0.0]), dict(pull=last)], f"model {len(configs)}"
 
-    def masked_loss_on_test(model, tokens, config):
-        return {"model 1": masked_loss}[model]
-
-    def accuracy(model, tokens, labels):
-        return {"model 2": label_test}[model]
-
-    monkeypatch.setattr(spt, "pulls_while_training", pulls_while_training)
-    monkeypatch.setattr(spt, "masked_loss_on_test", masked_loss_on_test)
-    monkeypatch.setattr(spt, "accuracy", accuracy)
-    assert spt.show_bag(seed=3, device="cpu") == holds
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+def test_the_bag_holds_attention_uniform_for_masks_and_for_labels(bag):
+    _, configs = bag()
     uniform = spt.Config(start="uniform", freeze_qk=True, pretrain_steps=800, seed=3)
     assert configs == [replace(uniform, spt=True), uniform]
+
+
+def test_the_bag_prints_80_columns_at_most(bag, capsys):
+    bag()
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("masks, labels, holds", [
@@ -1427,27 +1449,57 @@ def test_the_pulls_hold_if_both_of_masks_grow_and_none_of_labels(
     assert spt.show_pulls(0, "cpu", None) == holds
 
 
-@pytest.mark.parametrize("spt_arm", [False, True])
-def test_the_pulls_at_a_step_are_those_of_the_model_after_so_many_steps(spt_arm):
-    config = replace(SMALL, n_test=64, spt=spt_arm, pretrain_steps=26)
-    x, y, x_test, y_test = small_data(n_test=64)
+# Part c on a small task: 26 steps on masks, or 30 on labels.
+SMALL_PULLS = replace(SMALL, n_test=600, pretrain_steps=26)
+BOTH_ARMS = pytest.mark.parametrize("config", [
+    pytest.param(replace(SMALL_PULLS, spt=True), id="masks"),
+    pytest.param(SMALL_PULLS, id="labels")])
+
+
+def models_by_hand(config):
+    """The model at its start, after 25 steps and at the end."""
+    _, (x, y, _, _) = spt.load_data(config)
     model = spt.new_model(config, 2, seed=0)
-    start = copy.deepcopy(model)
-    kept = []
+    models = [copy.deepcopy(model)]
 
     def keep(step):
         if step == 25:
-            kept.append(copy.deepcopy(model))
+            models.append(copy.deepcopy(model))
 
-    if spt_arm:
+    if config.spt:
         spt.pretrain(model, x, mask_id=5, steps=26, on_step=keep)
     else:
-        spt.finetune(model, x, y, steps=26 + config.finetune_steps, on_step=keep)
-    found, trained = spt.pulls_while_training(config)
+        spt.finetune(model, x, y, steps=30, on_step=keep)
+    models.append(model)
+    return models
+
+
+@BOTH_ARMS
+def test_the_pulls_at_a_step_are_those_of_the_model_after_so_many_steps(config):
+    _, (_, _, x_test, y_test) = spt.load_data(config)
+    start, after_25, _ = models_by_hand(config)
+    found, _ = spt.pulls_while_training(config)
     assert [row["step"] for row in found] == [0, 25]
-    assert found[0]["pull"] == spt.neighbour_pulls(start, config, x_test, y_test)[0]
-    assert found[1]["pull"] == spt.neighbour_pulls(kept[0], config, x_test, y_test)[0]
-    assert_same_bits(trained, model)
+    for row, model in zip(found, [start, after_25]):
+        pull, deviation = spt.neighbour_pulls(model, config, x_test[:512], y_test[:512])
+        assert row["pull"] == pull
+        assert row["deviation"] == deviation
+
+
+@BOTH_ARMS
+def test_where_heads_look_at_a_step_stands_beside_its_pulls(config):
+    _, (_, _, x_test, _) = spt.load_data(config)
+    start, after_25, _ = models_by_hand(config)
+    found, _ = spt.pulls_while_training(config)
+    for row, model in zip(found, [start, after_25]):
+        assert row["on_neighbours"] == spt.on_neighbours(spt.look(model, x_test[:64]))
+
+
+@BOTH_ARMS
+def test_the_model_whose_pulls_were_measured_is_returned_as_it_was_trained(config):
+    _, _, trained = models_by_hand(config)
+    _, model = spt.pulls_while_training(config)
+    assert_same_bits(model, trained)
 
 
 def mean_neighbour_pulls(model, loss, batches):
@@ -1459,7 +1511,8 @@ def mean_neighbour_pulls(model, loss, batches):
 def test_the_pulls_of_labels_are_of_the_label_loss():
     model = small_model()
     _, _, tokens, labels = small_data(n_test=64)
-    expected = mean_neighbour_pulls(model, spt.label_loss, zip(tokens.split(32), labels.split(32)))
+    batches = zip(tokens.split(32), labels.split(32))
+    expected = mean_neighbour_pulls(model, spt.label_loss, batches)
     found, _ = spt.neighbour_pulls(model, SMALL, tokens, labels)
     assert found == expected
 
@@ -1468,7 +1521,10 @@ def test_the_pulls_of_masks_are_of_the_masked_loss_with_the_same_masks_each_time
     model = small_model()
     _, _, tokens, labels = small_data(n_test=64)
     generator = torch.Generator().manual_seed(4)
-    batches = [(part, *spt.mask_tokens(part, 5, 0.4, generator)) for part in tokens.split(32)]
+    batches = []
+    for part in tokens.split(32):
+        corrupted, is_masked = spt.mask_tokens(part, 5, 0.4, generator)
+        batches.append((part, corrupted, is_masked))
     expected = mean_neighbour_pulls(model, spt.masked_loss, batches)
     config = replace(SMALL, spt=True, seed=4, mask_ratio=0.4)
     first, _ = spt.neighbour_pulls(model, config, tokens, labels)
