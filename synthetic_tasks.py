@@ -5,12 +5,14 @@
     texture    a square image, flattened: is it correlated along rows or along columns?
     bag        the control: the label is in the token counts, and order means nothing
 
-Every generator returns `tokens` (n, T) int64 in [0, V) and `labels` (n,) int64 with balanced
-classes. All but `text` are complete in themselves, so that they can be copied alone. Letters in
-shape comments: n sequences, T tokens in each, V symbols, K classes.
+Tokens are (n, T) int64 in [0, V) and labels (n,) int64, with as many of either class. All
+generators but `text` are complete in themselves, so that they can be copied alone. Below them come
+your own sequences, and the baselines that stand beside a result. Letters in shape comments: n
+sequences, T tokens in each, V symbols, K classes.
 """
 from math import isqrt
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -184,18 +186,32 @@ def make_task(name, *, n_train, n_test, seq_len, vocab_size, signal=0.5, path=No
 # ---------------------------------------------------------------------------------------------
 # Your own sequences
 # ---------------------------------------------------------------------------------------------
+class Data(NamedTuple):
+    """Both parts of a data set, int64, and what its numbers mean."""
+    tokens: np.ndarray         # (n, T), in [0, V]; V is the mask symbol
+    labels: np.ndarray         # (n,), in [0, K)
+    test_tokens: np.ndarray    # (n, T)
+    test_labels: np.ndarray    # (n,)
+    symbols: list              # V of them: token i was symbols[i]
+    classes: list              # K of them: label k was classes[k]
+    unseen: float = 0.0        # share of test tokens that the training part does not have
+
+
 def from_file(path, seed=0):
-    """Your own sequences: an .npz file with `tokens` (n, T) and `labels` (n,).
+    """Your own sequences: an .npz file with `tokens` (n, T) and `labels` (n,); returns Data.
 
-        np.savez("mine.npz", tokens=tokens, labels=labels)
+        np.savez("mine.npz", tokens=tokens, labels=labels, pad=0)
 
-    Tokens are integers of any value, booleans or characters. They become symbols 0 ... V - 1 by
-    np.unique of the training part; a test token never seen there becomes V, the mask symbol.
-    Labels are integers, booleans, names or whole floats, and become classes 0 ... K - 1 likewise.
-    The test part is `test_tokens` and `test_labels` where the file has them, else a random fifth.
+    Tokens are integers of any value, whole floats, booleans, characters or words. They become
+    symbols 0 ... V - 1 by np.unique of the training part. Labels are integers, whole floats,
+    booleans or names, and become classes 0 ... K - 1 likewise. `pad`, where the file has it, is the
+    value that fills up short sequences. It becomes V, the mask symbol, and so does a test token
+    that the training part does not have. The test part is `test_tokens` and `test_labels` where the
+    file has them. Otherwise it is a random fifth of the distinct sequences, so that copies of a
+    sequence never stand on both sides.
 
-    Returns train tokens, train labels, test tokens and test labels, int64. Raises ValueError,
-    which names the array, what it is and what is needed. Nothing in the file is ever executed.
+    Raises ValueError, which names the array, what it is and what is needed, and OSError where the
+    file cannot be opened. Nothing in the file is ever executed.
     """
     arrays = read_arrays(path)
     tokens = check_tokens(path, "tokens", arrays)
@@ -204,33 +220,54 @@ def from_file(path, seed=0):
         test_tokens = check_tokens(path, "test_tokens", arrays)
         test_labels = check_labels(path, "test_labels", arrays, len(test_tokens))
     else:
-        order = np.random.default_rng(seed).permutation(len(tokens))  # (n,)
-        n_test = max(1, len(tokens) // 5)
-        in_test = order[:n_test]
-        in_train = order[n_test:]
+        in_test = random_fifth(tokens, labels, seed)                  # (n,)
         test_tokens = tokens[in_test]
         test_labels = labels[in_test]
-        tokens = tokens[in_train]
-        labels = labels[in_train]
-    for name, train, test in (("tokens", tokens, test_tokens), ("labels", labels, test_labels)):
-        kinds = {train.dtype.kind, test.dtype.kind}
-        if len(kinds) > 1 and kinds & {"U", "S"}:    # text, and something else
-            raise ValueError(f"data {path}: {name} is {train.dtype} but test_{name} {test.dtype}; "
-                             "needs one type")
+        tokens = tokens[~in_test]
+        labels = labels[~in_test]
+    if len(test_tokens) == 0:
+        raise ValueError(f"data {path}: no sequence is left for the test part; needs more")
+    check_kinds(path, "labels", labels, "test_labels", test_labels)
+    check_kinds(path, "tokens", tokens, "test_tokens", test_tokens)
     if test_tokens.shape[1] != tokens.shape[1]:
         raise ValueError(f"data {path}: training sequences have {tokens.shape[1]} tokens, test "
                          f"sequences {test_tokens.shape[1]}; all need one length")
     symbols = np.unique(tokens)                                       # (V,), sorted
+    is_pad = np.zeros(test_tokens.shape, dtype=bool)                  # (n, T)
+    if "pad" in arrays:
+        pad = whole_numbers(arrays["pad"])
+        check_kinds(path, "tokens", tokens, "pad", pad)
+        if pad.size != 1:
+            raise ValueError(f"data {path}: pad is {pad.dtype} {pad.shape}; needs one value")
+        symbols = symbols[symbols != pad.item()]
+        is_pad = test_tokens == pad.item()
     classes = np.unique(labels)                                       # (K,), sorted
     if len(symbols) < 2:
-        raise ValueError(f"data {path}: tokens has one symbol, {symbols}; needs two")
+        raise ValueError(f"data {path}: tokens has too few symbols, {symbols}; needs two")
     if len(classes) < 2:
         raise ValueError(f"data {path}: labels has one class, {classes}; needs two")
     if not np.isin(test_labels, classes).all():
         raise ValueError(f"data {path}: labels of the test part has classes that the training part "
                          "has not; needs no others")
-    return (index_in(symbols, tokens), index_in(classes, labels),
-            index_in(symbols, test_tokens), index_in(classes, test_labels))
+    x_test = index_in(symbols, test_tokens)                           # (n, T)
+    is_unseen = (x_test == len(symbols)) & ~is_pad
+    return Data(index_in(symbols, tokens), index_in(classes, labels),
+                x_test, index_in(classes, test_labels),
+                symbols.tolist(), classes.tolist(), float(is_unseen.mean()))
+
+
+def random_fifth(tokens, labels, seed):
+    """Which of the sequences tokens (n, T) are the test part, (n,) bool; copies go together."""
+    _, first, number = np.unique(tokens, axis=0, return_index=True, return_inverse=True)
+    first_copy = first[number.reshape(-1)]                            # (n,), the row of the first
+    order = np.random.default_rng(seed).permutation(np.sort(first))   # (distinct sequences,)
+    in_test = np.isin(first_copy, order[:max(1, len(order) // 5)])    # (n,)
+    # A class that would be missing in the training part gets a sequence back.
+    for k in np.unique(labels):
+        of_class = labels == k
+        if in_test[of_class].all():
+            in_test[first_copy == first_copy[of_class][0]] = False
+    return in_test
 
 
 def read_arrays(path):
@@ -244,9 +281,12 @@ def read_arrays(path):
             raise ValueError(f"data {path}: not an .npz file, or a damaged one; {how}") from None
         if isinstance(file, np.ndarray):
             raise ValueError(f"data {path}: a single array (.npy); {how}")
-        for name in ("tokens", "labels", "test_tokens", "test_labels"):
+        for name in ("tokens", "labels", "test_tokens", "test_labels", "pad"):
             if name in file:
                 arrays[name] = read_array(path, file, name)
+        for name in ("tokens", "labels"):
+            if name not in file:
+                raise ValueError(f"data {path}: has no {name}, only {', '.join(file.files)}; {how}")
     return arrays
 
 
@@ -257,11 +297,18 @@ def read_array(path, file, name):
     except Exception as error:    # zipfile, zlib and numpy raise many kinds
         problem = f"cannot be read, {error}"
         if "pickle" in str(error):    # what numpy says of objects, which could execute anything
-            problem = ("is an array of objects, as rows of unequal length make; needs one length, "
-                       "and integers, booleans or characters")
+            problem = ("is an array of objects, which is not read, because that could execute "
+                       "anything; needs rows of one length, and .astype(str) for names")
         raise ValueError(f"data {path}: {name} {problem}") from None
     if not isinstance(array, np.ndarray):
         raise ValueError(f"data {path}: {name} cannot be read, it is no array")
+    return array
+
+
+def whole_numbers(array):
+    """Whole floats as int64, as far as they are exact; any other array as it is."""
+    if array.dtype.kind == "f" and (np.abs(array) <= 2**53).all() and (array % 1 == 0).all():
+        return array.astype(np.int64)
     return array
 
 
@@ -269,13 +316,13 @@ def check_tokens(path, name, arrays):
     """The array `name`, (n, T), if it can be tokens; otherwise ValueError says why not."""
     if name not in arrays:
         raise ValueError(f"data {path}: has no {name}; needs {name} (n, T), one row a sequence")
-    tokens = arrays[name]
+    tokens = whole_numbers(arrays[name])
     found = f"data {path}: {name} is {tokens.dtype} {tokens.shape}"
     if tokens.dtype.kind == "f":
         raise ValueError(f"{found}; tokens must be discrete: cut values into levels with "
                          "np.digitize(values, np.quantile(values, np.arange(1, 16) / 16))")
     if tokens.dtype.kind not in "iubUS":
-        raise ValueError(f"{found}; needs integers, booleans or characters")
+        raise ValueError(f"{found}; needs integers, booleans, characters or words")
     if tokens.ndim != 2 or len(tokens) == 0 or tokens.shape[1] < 3:
         raise ValueError(f"{found}; needs (n, T), sequences of 3 tokens or more")
     return tokens
@@ -285,14 +332,23 @@ def check_labels(path, name, arrays, n):
     """The array `name` as (n,) labels; otherwise ValueError says why not."""
     if name not in arrays:
         raise ValueError(f"data {path}: has no {name}; needs {name} ({n},), one for each sequence")
-    labels = arrays[name]
+    labels = whole_numbers(arrays[name])
     found = f"data {path}: {name} is {labels.dtype} {labels.shape}"
     if labels.shape not in ((n,), (n, 1)):
         raise ValueError(f"{found}; needs ({n},), one for each sequence")
-    is_whole = labels.dtype.kind == "f" and bool((labels % 1 == 0).all())    # inf % 1 is nan
-    if labels.dtype.kind not in "iubUS" and not is_whole:
+    if labels.dtype.kind not in "iubUS":
         raise ValueError(f"{found}; needs classes: integers, booleans, names or whole floats")
     return labels.reshape(n)
+
+
+def check_kinds(path, name, array, other_name, other):
+    """Raise ValueError where values of two arrays cannot be compared exactly."""
+    kinds = {array.dtype.kind, other.dtype.kind}
+    is_mixed = len(kinds) > 1 and not kinds <= set("iub")
+    # Beside signed integers, uint64 would be compared as floats, which are not exact above 2^53.
+    if is_mixed or np.result_type(array, other).kind == "f":
+        raise ValueError(f"data {path}: {name} is {array.dtype} but {other_name} {other.dtype}; "
+                         "needs one type")
 
 
 def index_in(known, values):
@@ -303,8 +359,51 @@ def index_in(known, values):
 
 
 # ---------------------------------------------------------------------------------------------
-# Two yardsticks: what the best classifier of all would score, and what counting alone scores.
+# Baselines: what naming one class, counting tokens, counting pairs of neighbours, and the best
+# classifier of all would score. Parts are tokens (n, T) and labels (n,) from 0 up.
 # ---------------------------------------------------------------------------------------------
+def chance(labels):
+    """Accuracy of always naming the most frequent class."""
+    return float(np.bincount(labels).max() / len(labels))
+
+
+def unigram_accuracy(tokens, labels, test_tokens, test_labels):
+    """Test accuracy of counting tokens: what can be had without looking at order."""
+    return naive_bayes(tokens, labels, test_tokens, test_labels)
+
+
+def bigram_accuracy(tokens, labels, test_tokens, test_labels):
+    """Test accuracy of counting pairs of neighbouring tokens.
+
+    On proximity it is near the best possible: the task is easy for whoever looks at neighbours.
+    What is hard is to learn that attention should.
+    """
+    base = max(tokens.max(), test_tokens.max()) + 1
+    pairs = base * tokens[:, :-1] + tokens[:, 1:]                     # (n, T - 1)
+    test_pairs = base * test_tokens[:, :-1] + test_tokens[:, 1:]
+    return naive_bayes(pairs, labels, test_pairs, test_labels)
+
+
+def naive_bayes(counted, labels, test_counted, test_labels):
+    """Test accuracy of naive Bayes on how often each integer occurs in a row of counted (n, m).
+
+    Every integer counts once more than it was seen, so that none is impossible. One that the
+    training part does not have says nothing. Memory grows with the integers that occur.
+    """
+    known = np.unique(counted)
+    index = index_in(known, counted)                                  # (n, m)
+    test_index = index_in(known, test_counted)
+    scores = []
+    for k in range(labels.max() + 1):
+        of_class = index[labels == k]                                 # (n of the class, m)
+        counts = np.bincount(of_class.ravel(), minlength=len(known)) + 1
+        log_p = np.append(np.log(counts / counts.sum()), 0.0)         # 0 for what is not known
+        log_prior = np.log(len(of_class) / len(labels))
+        scores.append(log_prior + log_p[test_index].sum(1))           # (n,)
+    predicted = np.argmax(scores, axis=0)                             # (n,)
+    return float((predicted == test_labels).mean())
+
+
 def best_possible_accuracy(name, tokens, labels, vocab_size):
     """Accuracy of the Bayes-optimal classifier on these sequences; None where it is not known.
 
@@ -325,23 +424,15 @@ def best_possible_accuracy(name, tokens, labels, vocab_size):
         evidence = np.where(tokens >= vocab_size // 2, 1, -1).sum(1)  # (n,)
     else:    # nobody knows
         return None
-    is_right = np.where(evidence == 0, 0.5, (evidence > 0) == labels)  # (n,)
-    return float(is_right.mean())
+    correct = np.where(evidence == 0, 0.5, (evidence > 0) == labels)  # (n,)
+    return float(correct.mean())
 
 
-def count_baseline(train_tokens, train_labels, test_tokens, test_labels):
-    """Test accuracy of naive Bayes on token counts: what can be had without looking at order.
+def unigram_entropy(tokens, vocab_size):
+    """Entropy, in nats, of how often each of the V symbols occurs; the mask symbol is left out.
 
-    tokens (n, T) and labels (n,) from 0 up.
+    It is the masked loss of a model that knows only how frequent each symbol is.
     """
-    n_symbols = max(train_tokens.max(), test_tokens.max()) + 1
-    scores = []
-    for k in range(train_labels.max() + 1):
-        of_class = train_tokens[train_labels == k]                    # (n of the class, T)
-        counts = np.bincount(of_class.ravel(), minlength=n_symbols)   # (V,)
-        counts = counts + 1    # so that no symbol is impossible
-        log_p = np.log(counts / counts.sum())                         # (V,)
-        log_prior = np.log(len(of_class) / len(train_tokens))
-        scores.append(log_prior + log_p[test_tokens].sum(1))          # (n,)
-    predicted = np.argmax(scores, axis=0)                             # (n,)
-    return float((predicted == test_labels).mean())
+    counts = np.bincount(tokens.ravel(), minlength=vocab_size)[:vocab_size]
+    p = counts[counts > 0] / counts[:vocab_size].sum()
+    return float(-(p * np.log(p)).sum())

@@ -1,31 +1,30 @@
-"""Draw README's picture, assets/spt.png:
+"""Draw README's picture, experiments/spt.png:
 
-    python assets/plot.py
+    python -m experiments.plot
 
 Left: test accuracy over steps, five seeds. Middle: where one head looks, in one seed. Right: the
 masked loss over steps of pretraining, for three lengths of sequences, mean of two seeds. All that
 is drawn is trained here. Needs matplotlib beside requirements.txt, and takes 1 to 4 minutes on two
 cores.
 """
-import sys
 from pathlib import Path
 
 import torch
 from matplotlib import pyplot
 from matplotlib.colors import LogNorm
 
-FOLDER = Path(__file__).parent
-sys.path.insert(0, str(FOLDER.parent))
 import spt
+from experiments import run_command
+
+FOLDER = Path(__file__).parent
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
 ORANGE = "#D55E00"
 BLUE = "#0072B2"
-SKY = "#56B4E9"
 GREEN = "#009E73"
 GREY = "#555555"
 
-COLOURS = {64: SKY, 128: BLUE, 256: "black"}    # of each length T
+COLOURS = {64: "#CC79A7", 128: "#8B3A7E", 256: "#3B0F3F"}    # of each length T
 STYLES = {"random": "-", "near": "--"}          # of each start
 
 
@@ -37,7 +36,7 @@ def attention_corner(model, tokens):
     """Attention of the first head, mean over sequences (B, T): the first 16 positions, (16, 16)."""
     block = model.blocks[0]
     x = block.norm1(model.embed(tokens))                                  # (B, T, C)
-    _, weights = block.attention(x, return_weights=True)                  # (B, H, T, T)
+    weights = block.attention.weights(x)                                  # (B, H, T, T)
     head = weights.mean(dim=0)[0]                                         # (T, T)
     # Of all 64 positions single ones could not be seen.
     return head[:16, :16]
@@ -75,10 +74,9 @@ def masked_losses(config):
     return spt.pretrain(model, data[0], mask_id=8, seed=config.seed, progress=False)
 
 
-def over_seeds(pool, function, seeds, **changes):
-    """What `function` returns for each seed."""
-    plan = [spt.recipe(seed=seed, **changes) for seed in range(seeds)]
-    return pool.map(function, plan)
+def plan_of(seeds, **changes):
+    """The configs of a recipe for so many seeds."""
+    return spt.over_seeds(spt.recipe(**changes), seeds)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -102,8 +100,8 @@ def draw_accuracy(part, labels, near, masks):
     draw_arm(axes, masks, 400, BLUE)
     axes.text(15, 0.45, "labels alone", color=ORANGE)
     axes.text(15, 1.02, "labels, near start", color=GREEN)
-    axes.text(250, 0.6, "SPT:\nmasked\ntokens\nonly", color=BLUE)
-    axes.text(455, 0.6, "SPT:\nthen\nlabels", color=BLUE)
+    axes.text(465, 0.62, "SPT: masked\ntokens in the\nshaded part,\nthen labels", color=BLUE,
+              fontsize=9)
     axes.set(xlabel="step", ylabel="test accuracy", ylim=(0.42, 1.08))
 
 
@@ -139,24 +137,29 @@ def draw_masked_losses(part, losses):
         # Single steps are noisy: the mean of the last ten is drawn.
         smooth = seen.unfold(0, 10, 1).mean(dim=1)
         axes.plot(range(10, 401), smooth, STYLES[start], color=COLOURS[T])
-    axes.text(135, 2.09, "token frequencies alone", color=GREY)
-    axes.text(128, 1.97, "64", color=SKY)
-    axes.text(195, 1.97, "128", color=BLUE)
-    axes.text(200, 2.045, "256 tokens")
+    axes.text(205, 2.09, "unigram entropy", color=GREY)
+    axes.text(128, 1.97, "64", color=COLOURS[64])
+    axes.text(195, 1.97, "128", color=COLOURS[128])
+    axes.text(200, 2.045, "256 tokens", color=COLOURS[256])
     axes.text(240, 1.8, "solid:\nrandom start\ndashed:\nnear start", color=GREY)
     axes.set(xlabel="step on masked tokens", ylabel="masked loss")
 
 
-def main():
+def plot(jobs):
     """Train, draw, and write the picture."""
-    losses = {}
-    with spt.start_workers(2) as pool:
-        labels = over_seeds(pool, label_run, 5)
-        near = over_seeds(pool, label_run, 5, start="near", lr=0.01)
-        masks = over_seeds(pool, label_run, 5, spt=True)
-        for T in COLOURS:
-            for start in STYLES:
-                losses[T, start] = over_seeds(pool, masked_losses, 2, seq_len=T, start=start)
+    of_labels = [*plan_of(5), *plan_of(5, start="near", lr=0.01), *plan_of(5, spt=True)]
+    with spt.side_by_side(label_run, of_labels, jobs) as runs:
+        labels = [next(runs) for _ in range(5)]
+        near = [next(runs) for _ in range(5)]
+        masks = [next(runs) for _ in range(5)]
+    plans = {}     # {(T, start): configs}
+    of_masks = []
+    for T in COLOURS:
+        for start in STYLES:
+            plans[T, start] = plan_of(2, seq_len=T, start=start)
+            of_masks.extend(plans[T, start])
+    with spt.side_by_side(masked_losses, of_masks, jobs) as runs:
+        losses = {which: [next(runs) for _ in plan] for which, plan in plans.items()}
     pyplot.rcParams.update({"font.size": 11, "axes.titlesize": 10, "figure.labelsize": 11})
     figure = pyplot.figure(figsize=(11, 4), layout="constrained")
     left, middle, right = figure.subfigures(1, 3, width_ratios=[1, 1.15, 1])
@@ -167,4 +170,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(plot, __doc__, "jobs")

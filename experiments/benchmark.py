@@ -1,4 +1,6 @@
-"""A public benchmark, made and run by one command:  python assets/benchmark.py
+"""A public benchmark, made and run by one command:
+
+    python -m experiments.benchmark
 
 MNIST-1D (Greydanus & Kobak 2024) has 4,000 + 1,000 sequences of 40 values in 10 classes. Here the
 values are cut into 16 levels, at quantiles of the training part, and come in order or with the 40
@@ -9,20 +11,15 @@ Needs `pip install mnist1d scikit-learn`. Nothing is downloaded. Writes mnist1d.
 mnist1d_shuffled.npz and digits.npz into this folder and prints README's table, a line as soon as
 it is measured. It takes about half an hour on two cores. `--seeds 1` takes a third.
 """
-import argparse
-import os
-import statistics
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+import spt
+from experiments import run_command
+
 FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER.parent))
-
-import spt  # noqa: E402
-
 LABEL_RATES = (0.001, 0.003, 0.01)
 # MNIST-1D gets two layers, twice the width and ten times the steps, in either arm.
 LARGER = dict(n_layers=2, d_model=64, n_heads=4, d_ff=128, pretrain_steps=3000,
@@ -70,27 +67,27 @@ def arms_of(changes):
 
 def cell(results):
     """Mean ± standard deviation of test accuracy, and the mean of train accuracy."""
-    train = statistics.mean(result["train"] for result in results)
-    return f"{spt.spread(results, 'test')} ({train:.2f})"
+    return f"{spt.mean_and_std(results, 'test')} ({spt.mean_of(results, 'train'):.2f})"
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    seeds = parser.parse_args().seeds
+def benchmark(seed, seeds, jobs, device, json):
+    """Make the data, and print a line of the table as soon as it is measured."""
     make_mnist1d()
     make_digits()
+    rows = {}    # {name in JSON: configs}
+    for title, changes in LINES.items():
+        for number, arm in enumerate(arms_of(dict(changes, seed=seed, device=device)), 1):
+            rows[f"{title}, column {number}"] = spt.over_seeds(arm, seeds)
     print("| test accuracy (train) | labels, lr 0.001 | lr 0.003 | lr 0.01 | near start | SPT |")
     print("|---|---|---|---|---|---|", flush=True)
-    with spt.start_workers(os.cpu_count()) as pool:
-        for title, changes in LINES.items():
-            plan = []
-            for arm in arms_of(changes):
-                plan.extend(spt.over_seeds(arm, seeds))
-            results = pool.map(spt.result_of, plan, chunksize=1)
-            cells = [cell(results[i:i + seeds]) for i in range(0, len(results), seeds)]
-            print(f"| {title} | {' | '.join(cells)} |", flush=True)
+    titles = iter(LINES)
+    cells = []
+    for _, results in spt.run_rows(rows, jobs, json):
+        cells.append(cell(results))
+        if len(cells) == 5:
+            print(f"| {next(titles)} | {' | '.join(cells)} |", flush=True)
+            cells = []
 
 
 if __name__ == "__main__":
-    main()
+    run_command(benchmark, __doc__, "seed", "seeds", "jobs", "device", "json")
