@@ -687,11 +687,11 @@ def run(config, progress=False):
                  steps=config.pretrain_steps, lr=config.pretrain_lr, **training)
         attention["pretrained"] = attention_by_offset(model, sample)
         test_masked_loss = masked_loss_on_test(model, x_test, config)
-    if config.spt and config.transfer != "all":
-        # With the old seed, what is not copied would be the start of the pretrained model.
-        pretrained = model
-        model = new_model(config, n_classes, config.seed + 10**6)
-        transfer(pretrained, model, config.transfer)
+        if config.transfer != "all":
+            # With the old seed, what is not copied would be the start of the pretrained model.
+            pretrained = model
+            model = new_model(config, n_classes, config.seed + 10**6)
+            transfer(pretrained, model, config.transfer)
     finetune(model, x, y, steps=label_steps, lr=config.lr, **training)
     attention["after labels"] = attention_by_offset(model, sample)
 
@@ -850,7 +850,7 @@ def or_unknown(value):
 
 
 def show_setting(config):
-    """Print the data, the size of the model, and the baselines."""
+    """Print the data, the size of the model, and the baselines; returns what `read_data` does."""
     config, data = read_data(config)
     found = baselines(config, data)
     model = new_model(config, len(data.classes), config.seed)
@@ -862,6 +862,7 @@ def show_setting(config):
           f"best possible {or_unknown(found['best_possible'])}")
     if data.unseen > 0:
         print(f"{100 * data.unseen:.2g} % of the test tokens are not in the training sequences")
+    return config, data
 
 
 def show_row(name, results):
@@ -893,22 +894,22 @@ def show_attention(result):
 
 def single(config, json_path, save_path):
     """Train one model and print what came out."""
-    show_setting(config)
+    sized, data = show_setting(config)
     steps = f"{config.pretrain_steps + config.finetune_steps:,} steps on labels"
     if config.spt:
         steps = (f"{config.pretrain_steps:,} steps on masked tokens, "
                  f"{config.finetune_steps:,} on labels")
     print(f"{row_name(config)}, seed {config.seed}: {steps}", flush=True)
-    # Read before training, because the file of one's own data may change meanwhile.
-    sized, data = read_data(config)
     result, model = run(config, progress=True)
     print(f"accuracy on test {result['test']:.3f}, on train {result['train']:.3f}")
     if config.spt:
         print(f"masked loss on test {or_unknown(result['test_masked_loss'])}, "
               f"unigram entropy {result['unigram_entropy']:.3f}")
     show_attention(result)
-    append_json(json_path, result)
-    save_model(save_path, model, sized, data)
+    try:
+        append_json(json_path, result)
+    finally:    # the model is saved even if the other file cannot be written
+        save_model(save_path, model, sized, data)
 
 
 def row_name(config):
