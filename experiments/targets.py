@@ -139,7 +139,8 @@ def text_of(cell, steps):
     mean = statistics.mean(reached)
     spread = f" ± {statistics.stdev(reached):.0f}" if len(reached) > 1 else ""
     asked_anew = cell.each if cell.kind == "masks" else 1    # a label asked again is the same
-    return f"{mean:,.0f}{spread}", f"({mean * cell.sequences * asked_anew:,.0f})"
+    targets = round(mean * cell.sequences * asked_anew, -2)
+    return f"{mean:,.0f}{spread}", f"({targets:,.0f})"
 
 
 def mean_steps(cell, steps):
