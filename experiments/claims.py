@@ -91,8 +91,8 @@ def judge(row, results, seeds):
     best = max(by_rate, key=lambda of_rate: spt.mean_of(of_rate, "test"))
     holds = row.low <= spt.mean_of(best, "test") <= row.high
     bound = f"at least {row.low:.2f}" if row.low > 0 else f"at most {row.high:.2f}"
-    print(f"  {row.name:27}{best[0]['config']['lr']:<7g}{spt.mean_and_std(best, 'train'):15}"
-          f"{spt.mean_and_std(best, 'test'):15}{'' if holds else 'NOT '}{bound}", flush=True)
+    print(f"  {row.name:26}{best[0]['config']['lr']:<7g}{spt.mean_and_std(best, 'train'):14}"
+          f"{spt.mean_and_std(best, 'test'):14}{'' if holds else 'NOT '}{bound}", flush=True)
     return holds
 
 
@@ -106,18 +106,22 @@ def claims(seed, seeds, jobs, device, json):
             rows[name] = (title, row)
             configs[name] = configs_of(row, seed, seeds, device)
     print(f"mean ± standard deviation over {seeds} seeds, from {seed} up\n"
-          f"  {'':27}{'lr':7}{'train':15}{'test':15}test must be", flush=True)
+          f"  {'':26}{'lr':7}{'train':14}{'test':14}test must be", flush=True)
     failing = []
     for name, results in spt.run_rows(configs, jobs, json):
         title, row = rows[name]
         if row is CLAIMS[title][0]:
             print(title)
         if not judge(row, results, seeds):
-            failing.append(title)
+            failing.append(f"{title}: {row.name}")
     print(f"9 why the hint is faint (python -m experiments.theory --seed {seed})")
     if not theory(seed, jobs, device, json):
-        failing.append("9")
-    print("\nAll claims hold." if not failing else f"\nFAILS: {', '.join(failing)}")
+        failing.append("9 why the hint is faint")
+    print()
+    for name in failing:
+        print(f"FAILS: {name}")
+    if not failing:
+        print("All claims hold.")
     return not failing
 
 

@@ -182,10 +182,11 @@ def judge(found):
     four = BELOW["4 masked tokens in each of 32 sequences"]
     spread_out = mean_steps(four, found[four]) / steps("masked tokens", 128)
     return all([
-        verdict(f"32 labels a step need {few / spt_like:.1f} times the steps of 608 masked tokens "
-                "(5 or more)", few >= 5 * spt_like),
-        verdict(f"so few, not blind: 608 labels need {few / steps('labels', 608):.1f} times fewer "
-                "than 32 (4 or more)", few >= 4 * steps("labels", 608)),
+        verdict(f"32 labels a step need {few / spt_like:.1f} times the steps of SPT's 608 masked\n"
+                "    tokens (5 or more)", few >= 5 * spt_like),
+        verdict("few, not blind: 608 labels a step take off "
+                f"{few / steps('labels', 608):.1f} times sooner (4 or more)",
+                few >= 4 * steps("labels", 608)),
         verdict(f"at 128 targets a step, labels need {same:.1f} times the steps of masked tokens\n"
                 "    (1 to 4)", 1 <= same <= 4),
         verdict(f"at 608, {many:.1f} times (1 to 4)", 1 <= many <= 4),
