@@ -24,7 +24,7 @@ targets to bring it out. One sequence has one label, but many tokens to mask. So
 attention to look near, and once it does, few labels suffice.
 
     python spt.py --task proximity --lr 0.01                labels alone: 0.51
-    python spt.py --task proximity --start near --lr 0.01   labels alone, attention starts near: 1.00
+    python spt.py --task proximity --lr 0.01 --start near   the same, attention starts near: 1.00
     python spt.py --compare                 do I need SPT? labels and SPT over several seeds
     python -m experiments.targets           how many targets it takes until learning takes off
     python -m experiments.theory            why the hint is faint, proved in a simpler model
@@ -971,8 +971,8 @@ def show_advice(done):
             stuck.append(str(result["config"]["seed"]))
     if stuck:
         print(textwrap.fill(
-            f"Seed {', '.join(stuck)}: the masked loss is still at the unigram entropy. Pretraining "
-            "is on its plateau, or tokens tell nothing about each other. Try more "
+            f"Seed {', '.join(stuck)}: the masked loss is still at the unigram entropy. "
+            "Pretraining is on its plateau, or tokens tell nothing about each other. Try more "
             "--pretrain-steps, or --spt --start near.", 80))
     best = max(mean_of(results, "test") for results in done.values())
     pairs = mean_of(of_spt, "bigram_accuracy")
@@ -1025,15 +1025,16 @@ def make_parser():
 def refuse_unused(given, config):
     """Raise ValueError for a flag that would change nothing, because others decide."""
     comparing = "compare" in given
+    task = config.task
     of_data = {"task", "text", "n_train", "n_test", "seq_len", "vocab_size", "signal"}
     of_spt = {"transfer", "mask_ratio", "pretrain_lr"}
     unused = [    # (whether they are unused, which, why)
         (comparing, {"spt", "start", "transfer", "save"}, "cannot go with --compare"),
         (not comparing, {"seeds", "jobs"}, "needs --compare"),
         (not comparing and not config.spt, of_spt, "needs --spt"),
-        (config.task == "data", of_data, "cannot go with --data, which decides it"),
-        (config.task == "text", {"signal"}, "cannot go with text"),
-        (config.task != given.get("task", config.task), {"task"}, f"is {config.task} with --{config.task}"),
+        (task == "data", of_data, "cannot go with --data, which decides it"),
+        (task == "text", {"signal"}, "cannot go with text"),
+        (task != given.get("task", task), {"task"}, f"is {task} with --{task}"),
     ]
     for is_unused, names, why in unused:
         for name in sorted(names & set(given)):

@@ -194,7 +194,7 @@ class Data(NamedTuple):
     test_labels: np.ndarray    # (n,)
     symbols: list              # V of them: token i was symbols[i]
     classes: list              # K of them: label k was classes[k]
-    unseen: float = 0.0        # share of test tokens that the training part does not have
+    unseen: float = 0.0        # share of test tokens, but pads, that the training part has not
 
 
 def from_file(path, seed=0):
@@ -214,11 +214,11 @@ def from_file(path, seed=0):
     file cannot be opened. Nothing in the file is ever executed.
     """
     arrays = read_arrays(path)
-    tokens = check_tokens(path, "tokens", arrays)
-    labels = check_labels(path, "labels", arrays, len(tokens))
+    tokens = usable_tokens(path, "tokens", arrays)
+    labels = usable_labels(path, "labels", arrays, len(tokens))
     if "test_tokens" in arrays or "test_labels" in arrays:
-        test_tokens = check_tokens(path, "test_tokens", arrays)
-        test_labels = check_labels(path, "test_labels", arrays, len(test_tokens))
+        test_tokens = usable_tokens(path, "test_tokens", arrays)
+        test_labels = usable_labels(path, "test_labels", arrays, len(test_tokens))
     else:
         in_test = random_fifth(tokens, labels, seed)                  # (n,)
         test_tokens = tokens[in_test]
@@ -236,9 +236,9 @@ def from_file(path, seed=0):
     is_pad = np.zeros(test_tokens.shape, dtype=bool)                  # (n, T)
     if "pad" in arrays:
         pad = whole_numbers(arrays["pad"])
-        check_kinds(path, "tokens", tokens, "pad", pad)
-        if pad.size != 1:
-            raise ValueError(f"data {path}: pad is {pad.dtype} {pad.shape}; needs one value")
+        if pad.size != 1 or not are_of_a_kind(pad, tokens):
+            raise ValueError(f"data {path}: pad is {pad.dtype} {pad.shape}; needs one value like "
+                             f"those of tokens, which are {tokens.dtype}")
         symbols = symbols[symbols != pad.item()]
         is_pad = test_tokens == pad.item()
     classes = np.unique(labels)                                       # (K,), sorted
@@ -251,9 +251,10 @@ def from_file(path, seed=0):
                          "has not; needs no others")
     x_test = index_in(symbols, test_tokens)                           # (n, T)
     is_unseen = (x_test == len(symbols)) & ~is_pad
+    unseen = float(is_unseen.sum() / max(1, (~is_pad).sum()))
     return Data(index_in(symbols, tokens), index_in(classes, labels),
                 x_test, index_in(classes, test_labels),
-                symbols.tolist(), classes.tolist(), float(is_unseen.mean()))
+                symbols.tolist(), classes.tolist(), unseen)
 
 
 def random_fifth(tokens, labels, seed):
@@ -307,12 +308,13 @@ def read_array(path, file, name):
 
 def whole_numbers(array):
     """Whole floats as int64, as far as they are exact; any other array as it is."""
-    if array.dtype.kind == "f" and (np.abs(array) <= 2**53).all() and (array % 1 == 0).all():
-        return array.astype(np.int64)
+    if array.dtype.kind == "f" and (array % 1 == 0).all():
+        if (np.abs(array.astype(np.float64)) <= 2**53).all():
+            return array.astype(np.int64)
     return array
 
 
-def check_tokens(path, name, arrays):
+def usable_tokens(path, name, arrays):
     """The array `name`, (n, T), if it can be tokens; otherwise ValueError says why not."""
     if name not in arrays:
         raise ValueError(f"data {path}: has no {name}; needs {name} (n, T), one row a sequence")
@@ -328,7 +330,7 @@ def check_tokens(path, name, arrays):
     return tokens
 
 
-def check_labels(path, name, arrays, n):
+def usable_labels(path, name, arrays, n):
     """The array `name` as (n,) labels; otherwise ValueError says why not."""
     if name not in arrays:
         raise ValueError(f"data {path}: has no {name}; needs {name} ({n},), one for each sequence")
@@ -341,12 +343,16 @@ def check_labels(path, name, arrays, n):
     return labels.reshape(n)
 
 
+def are_of_a_kind(array, other):
+    """Whether both hold numbers, or both the same kind of text."""
+    kinds = {array.dtype.kind, other.dtype.kind}
+    return len(kinds) == 1 or kinds <= set("iub")
+
+
 def check_kinds(path, name, array, other_name, other):
     """Raise ValueError where values of two arrays cannot be compared exactly."""
-    kinds = {array.dtype.kind, other.dtype.kind}
-    is_mixed = len(kinds) > 1 and not kinds <= set("iub")
     # Beside signed integers, uint64 would be compared as floats, which are not exact above 2^53.
-    if is_mixed or np.result_type(array, other).kind == "f":
+    if not are_of_a_kind(array, other) or np.result_type(array, other).kind == "f":
         raise ValueError(f"data {path}: {name} is {array.dtype} but {other_name} {other.dtype}; "
                          "needs one type")
 

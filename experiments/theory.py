@@ -23,7 +23,7 @@ A direction dS is *the same at all positions* if dS_ij depends on (j - i) mod T 
 1. At S = 0 every z_i is the mean value v̄. There dA_ij = (dS_ij - mean_k dS_ik) / T. Its rows sum
    to 0, because those of A sum to 1. If dS is the same at all positions, so do its columns. Hence
        d mean_i φ(z_i) = (1/T) Σ_i φ'(v̄) dz_i = (1/T) φ'(v̄) Σ_j (Σ_i dA_ij) v_j = 0.
-   So the label gives no pull, to first order, whatever v, φ and W are. Learning them does not help.
+   So the label gives no pull, to first order, whatever v, φ and W are. Learning them is no help.
 2. If φ is linear, this holds for all S that are the same at all positions, not only near 0, since
    the columns of A sum to 1, and mean_i z_i is the mean value.
 3. For a masked token i, looking more at offset ℓ gives dz_i = (v_{i+ℓ} - v̄) / T. With p its
