@@ -21,7 +21,7 @@ Why? At the start attention is nearly uniform: each position receives about the 
 tokens. From there, a label gives no more than a faint hint that looking near pays, and a masked
 token gives not much more. A faint hint drowns in the noise of a small batch, and it takes many
 targets to bring it out. One sequence has one label, but many tokens to mask. So masks teach
-attention to look near, and once it does, few labels suffice.
+attention to look near, and once it does, few steps on labels suffice.
 
     python spt.py --task proximity --lr 0.01                labels alone: 0.51
     python spt.py --task proximity --lr 0.01 --start near   the same, attention starts near: 1.00
@@ -50,7 +50,7 @@ import textwrap
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from multiprocessing import active_children, get_context, parent_process
 
@@ -71,7 +71,7 @@ import synthetic_tasks as tasks
 # neighbours, attention must learn to compare these vectors. Rotary positions are relative: they
 # put the offset between two tokens into attention by hand.
 #
-# The two functions share three lines, which stand twice so that each function can be copied alone.
+# Both functions compute the same angles, each by itself, so that each can be copied alone.
 # ---------------------------------------------------------------------------------------------
 POSITIONS = ("sinusoidal", "learned", "rotary", "shuffled", "none")
 
@@ -185,7 +185,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Encoder with a reconstruction head and a class head.
 
-    tokens (B, T) int64 in [0, V], where V is the mask symbol:
+    tokens (B, T) int64 in [0, V], where T is seq_len and V is the mask symbol:
         model(tokens)             -> (B, T, C)  features
         model.reconstruct(tokens) -> (B, T, V)  logits of the symbol at each position
         model.classify(tokens)    -> (B, K)     logits of the class
@@ -243,9 +243,9 @@ class Transformer(nn.Module):
 
         This average is why labels alone are slow to teach attention where to look. Two neighbours
         can show in it only if attention has brought them together before. As long as attention is
-        nearly uniform, looking a bit nearer brings each token to some positions a bit more and to
-        the others a bit less, so that the average hardly moves. What moves is a faint hint, and one
-        label for each sequence is few to bring it out of the noise.
+        nearly uniform, looking a bit nearer only redistributes tokens between positions, and their
+        average hardly notices. That is a faint hint, and one label for each sequence is few to
+        bring it out of the noise.
         """
         x = self(tokens).mean(dim=1)                                      # (B, C)
         return self.class_head(x)
@@ -273,13 +273,13 @@ def mask_tokens(tokens, mask_id, mask_ratio, generator=None):
     tokens (B, T) int64 -> corrupted (B, T), where masked tokens are replaced by `mask_id`, and
     is_masked (B, T) bool, True where a token was masked and is to be predicted. A token that is
     `mask_id` already is never a target. Unlike BERT's, a masked token is always replaced by the
-    mask symbol. `generator` is a CPU torch.Generator. Raises ValueError for a `mask_id` that is a
-    symbol, or a `mask_ratio` that is not in (0, 1].
+    mask symbol. `generator` is a CPU torch.Generator. Raises ValueError for a token above
+    `mask_id`, or a `mask_ratio` that is not in (0, 1].
     """
     if not 0 < mask_ratio <= 1:
         raise ValueError(f"mask_ratio {mask_ratio}: must be above 0 and at most 1")
     if (tokens > mask_id).any():
-        raise ValueError(f"mask_id {mask_id}: must be above all symbols, but a token is "
+        raise ValueError(f"mask_id {mask_id}: must be above all symbols, but one is "
                          f"{tokens.max()}")
     # Drawn on the CPU and then moved, so that a seed masks the same tokens on any device.
     draws = torch.rand(tokens.shape, generator=generator, device="cpu")   # (B, T)
@@ -319,7 +319,7 @@ def train(model, batch_loss, n, *, steps, lr, batch_size=32, seed=0, progress=Tr
 
     `batch_loss(chosen, generator)` is the loss of the sequences number `chosen` (B,), which are
     drawn with replacement from n. `on_step(step)`, if given, is called after every step; it may
-    measure the model, and leaves it in training mode. `progress` shows a bar, in terminals only.
+    measure the model, but must leave it in training mode. `progress` shows a bar, in terminals.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     # Each phase has a generator of its own, so that pretraining changes no batch of fine-tuning.
@@ -448,20 +448,18 @@ def is_query_or_key(name):
 def transfer(source, target, which):
     """Copy weights of the Transformer `source` to `target`, which then is trained on labels.
 
-    "qk" copies the query and key maps, "rest" all but these. The class head of `target` stays as
-    it is in either case. Raises ValueError for any other word, or a model without blocks.
+    "qk" copies the query and key maps, "rest" all but these. In either case the class head of
+    `target` stays as it is, and positions are copied, because maps that compare positions mean
+    nothing among others. Raises ValueError for any other word, or a model without blocks.
     """
     if which not in ("qk", "rest"):
         raise ValueError(f"transfer {which!r}: must be qk or rest")
     blocks_of(source)
     copies = target.state_dict()
     for name, weight in source.state_dict().items():
-        wanted = is_query_or_key(name) == (which == "qk")
+        wanted = is_query_or_key(name) == (which == "qk") or name == "positions"
         if wanted and not name.startswith("class_head."):
             copies[name].copy_(weight)
-    # Maps that compare positions mean nothing where positions are shuffled in another order.
-    for buffer, copy in zip(source.buffers(), target.buffers()):
-        copy.copy_(buffer)
 
 
 def by_offset(x):
@@ -485,9 +483,10 @@ def attention_by_offset(model, tokens):
     Raises ValueError for a model without blocks.
     """
     T = tokens.shape[1]
+    blocks = blocks_of(model)
     x = model.embed(tokens)                                               # (B, T, C)
     layers = []
-    for block in blocks_of(model):
+    for block in blocks:
         weights = block.attention.weights(block.norm1(x))                 # (B, H, T, T)
         layers.append(by_offset(weights.mean(dim=0)) / T)                 # (H, T)
         x = block(x)
@@ -524,7 +523,7 @@ class Config:
     task: str = option("proximity", "what to classify", (*tasks.TASKS, "data"))
     spt: bool = option(False, "pretrain on masked tokens first; otherwise labels get all steps")
     start: str = option("random", "where attention starts", ("random", "near", "uniform"))
-    freeze_qk: bool = option(False, "query and key maps stay where they start, in the whole run")
+    freeze_qk: bool = option(False, "query and key maps are not trained")
     transfer: str = option("all", "after pretraining, copy only query and key maps (qk), or all "
                            "but these (rest), to a new model", ("all", "qk", "rest"))
     seed: int = option(0, "seed of data, weights, batches and masks", at_least=0)
@@ -762,9 +761,9 @@ def side_by_side(function, configs, jobs):
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), start_worker)
     # Workers ignore Ctrl-C from their first moment on. This process answers it, and ends them.
     previous_handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    futures = [pool.submit(function, config) for config in configs]
-    signal.signal(signal.SIGINT, previous_handler)
     try:
+        futures = [pool.submit(function, config) for config in configs]
+        signal.signal(signal.SIGINT, previous_handler)
         yield (future.result() for future in futures)
     finally:
         for process in set(active_children()) - not_ours:
@@ -775,8 +774,8 @@ def side_by_side(function, configs, jobs):
 def run_rows(rows, jobs, json_path=None):
     """Run every config of `rows`, {name: configs}; yields (name, results), a row once it is done.
 
-    Each result is appended to the file `json_path` as soon as it is there. If that fails, OSError
-    is raised after the last row.
+    Each result is appended to the file `json_path`, in order, without waiting for its row. If that
+    fails, OSError is raised after the last row.
     """
     configs = []
     for row in rows.values():
@@ -901,15 +900,19 @@ def single(config, json_path, save_path):
                  f"{config.finetune_steps:,} on labels")
     print(f"{row_name(config)}, seed {config.seed}: {steps}", flush=True)
     result, model = run(config, progress=True)
+    with ExitStack() as afterwards:    # both files are written, whatever fails before
+        afterwards.callback(save_model, save_path, model, sized, data)
+        afterwards.callback(append_json, json_path, result)
+        show_result(result)
+
+
+def show_result(result):
+    """Print what came out of a single run."""
     print(f"accuracy on test {result['test']:.3f}, on train {result['train']:.3f}")
-    if config.spt:
+    if result["arm"] == "SPT":
         print(f"masked loss on test {or_unknown(result['test_masked_loss'])}, "
               f"unigram entropy {result['unigram_entropy']:.3f}")
     show_attention(result)
-    try:
-        append_json(json_path, result)
-    finally:    # the model is saved even if the other file cannot be written
-        save_model(save_path, model, sized, data)
 
 
 def row_name(config):
@@ -932,10 +935,9 @@ def rows_of_comparison(config, seeds):
     rivals = {
         "labels": dict(),
         "labels, near start": dict(start="near"),
-        "labels, rotary": dict(positions="rotary"),
     }
-    if config.positions == "rotary":
-        del rivals["labels, rotary"]    # the first rows are rotary already
+    if config.positions != "rotary":    # else the first rows are rotary already
+        rivals["labels, rotary"] = dict(positions="rotary")
     rows = {}
     for name, changes in rivals.items():
         for rate in LABEL_RATES:
@@ -967,7 +969,7 @@ def show_advice(done):
     stuck = []
     for result in of_spt:
         loss = result["test_masked_loss"]
-        if loss is not None and loss > 0.98 * result["unigram_entropy"]:
+        if loss is not None and not loss < 0.98 * result["unigram_entropy"]:
             stuck.append(str(result["config"]["seed"]))
     if stuck:
         print(textwrap.fill(
@@ -1026,7 +1028,7 @@ def refuse_unused(given, config):
     """Raise ValueError for a flag that would change nothing, because others decide."""
     comparing = "compare" in given
     task = config.task
-    of_data = {"task", "text", "n_train", "n_test", "seq_len", "vocab_size", "signal"}
+    of_data = {"text", "n_train", "n_test", "seq_len", "vocab_size", "signal"}
     of_spt = {"transfer", "mask_ratio", "pretrain_lr"}
     unused = [    # (whether they are unused, which, why)
         (comparing, {"spt", "start", "transfer", "save"}, "cannot go with --compare"),
