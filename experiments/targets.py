@@ -150,7 +150,9 @@ def mean_steps(cell, steps):
 
 def show_table(found):
     """Print the table and the lines below it; found is {cell: steps of the seeds}."""
-    print("steps until learning takes off, and in parentheses targets seen until then\n")
+    print("A target is one label, or one masked token. Learning takes off when the test loss\n"
+          "has come a fifth of the way from chance to the best. Steps until then, mean ±\n"
+          "standard deviation over seeds, and in parentheses targets seen until then:\n")
     print(f"{'targets a step':22}{32:<18}{128:<18}{608}")
     for name, row in TABLE.items():
         lines = [f"{name:22}", " " * 22]

@@ -252,6 +252,7 @@ def show_bag(masks, labels):
     loss = masks[-1]["masked_loss"]
     masks_pull = min(masks[-1]["pull"])
     labels_pull = max(abs(pull) for pull in labels[-1]["pull"])
+    print("A pull towards an offset is how fast a loss falls as all positions look there more.\n")
     print("(a) The bag. Attention is held uniform, so each position receives the average\n"
           "of all tokens. It contains the neighbours, but does not tell which they are.")
     return all([
@@ -284,14 +285,14 @@ def show_proof(pulls, alone):
     after = pulls["masks"]["after"]                                       # (10, T)
     ratio = (after[:, [-1, 1]].amin(dim=1) / after[:, 8].abs()).min()
     return all([
-        verdict(f"labels are blind, before and after: no pull exceeds {largest:.0e} (1e-12)",
+        verdict(f"labels are blind, before and after: no pull above {largest:.0e} (below 1e-12)",
                 largest < 1e-12),
-        verdict(f"masked tokens are not, even before: {before:.0e} or more in size (1e-7)",
+        verdict(f"masked tokens are not, even before: {before:.0e} or more in size (above 1e-7)",
                 before > 1e-7),
         verdict("after, they ask for both neighbours in every start: positive pulls, at\n"
-                f"    least {ratio:.0f} times the size at 8 (5)", ratio > 5),
+                f"    least {ratio:.0f} times the size at 8 (above 5)", ratio > 5),
         verdict("control: labels see a single position that looks right alone, up to\n"
-                f"    {alone.abs().max():.0e} (1e-5)", alone.abs().max() > 1e-5)])
+                f"    {alone.abs().max():.0e} (above 1e-5)", alone.abs().max() > 1e-5)])
 
 
 def mean_and_std(values):
