@@ -150,11 +150,11 @@ def mean_steps(cell, steps):
 
 def show_table(found):
     """Print the table and the lines below it; found is {cell: steps of the seeds}."""
-    print("A target is one label, or one masked token. Each comes from a sequence of its own,\n"
-          "but as in SPT 19 masked tokens come from each of 32. Learning takes off when the\n"
-          "test loss has come a fifth of the way from chance to the best known. Here are the\n"
-          "steps until then (tested every 10 steps), mean ± standard deviation over seeds,\n"
-          "and in parentheses the targets seen until then.\n")
+    print("A target is one label, or one masked token. Each is from a sequence of its own,\n"
+          "but as in SPT 19 masked tokens are from each of 32. Learning takes off when the\n"
+          "test loss has come a fifth of the way from chance to the best known. The table\n"
+          "has the steps until then (tested every 10 steps), mean ± standard deviation over\n"
+          "seeds, and in parentheses the targets seen until then.\n")
     print(f"{'targets a step':22}{32:<18}{128:<18}{608}")
     for name, row in TABLE.items():
         lines = [f"{name:22}", " " * 22]
@@ -188,14 +188,14 @@ def judge(found):
     return all([
         verdict(f"32 labels a step need {few / spt_like:.1f} times the steps of SPT's 608 masked\n"
                 "    tokens (5 or more)", few >= 5 * spt_like),
-        verdict("in training, labels are few rather than blind: 608 labels a step take off\n"
+        verdict("in training labels are few rather than blind: 608 a step take off\n"
                 f"    {few / steps('labels', 608):.1f} times sooner than 32 (4 or more)",
                 few >= 4 * steps("labels", 608)),
         verdict(f"at 128 targets a step, labels need {same:.1f} times the steps of masked tokens\n"
                 "    (1 to 4)", 1 <= same <= 4),
         verdict(f"at 608, {many:.1f} times (1 to 4)", 1 <= many <= 4),
-        verdict("4 masked tokens in each of 32 sequences are as good as 1 in each of 128:\n"
-                f"    {spread_out:.1f} times the steps (0.5 to 2)", 0.5 <= spread_out <= 2),
+        verdict("4 masked tokens in each of 32 sequences do the work of 1 in each of\n"
+                f"    128: {spread_out:.1f} times the steps (0.5 to 2)", 0.5 <= spread_out <= 2),
         verdict(f"from the near start 32 labels take off {near:.1f} times sooner (3 or more)",
                 near >= 3)])
 
