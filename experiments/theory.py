@@ -289,12 +289,12 @@ def show_proof(pulls, alone):
     return all([
         verdict("here labels are blind, before and after: no pull is larger than\n"
                 f"    {largest:.0e} (1e-9)", largest < 1e-9),
-        verdict("masked tokens are not, even before: pulls to a neighbour, of either sign,\n"
-                f"    are {before:.0e} or more in size (1e-4)", before > 1e-4),
+        verdict("masked tokens are not, even before: pulls to a neighbour, of either\n"
+                f"    sign, are {before:.0e} or more in size (1e-4)", before > 1e-4),
         verdict("after, they pull to both neighbours in every start, by at least\n"
                 f"    {ratio:.0f} times the size of that start's pull to +8 (5)", ratio > 5),
         verdict("control: where one position alone looks right, labels do pull, by up to\n"
-                f"    {alone.abs().max():.1f} (0.01)", alone.abs().max() > 0.01)])
+                f"    {alone.abs().max():.1g} (0.01)", alone.abs().max() > 0.01)])
 
 
 def mean_and_std(values):
