@@ -753,7 +753,7 @@ def side_by_side(function, configs, jobs):
     a process dies. No process is left when the `with` ends, whatever ends it.
     """
     jobs = min(jobs, len(configs), cores())
-    if jobs == 1:
+    if jobs <= 1:
         yield map(function, configs)
         return
     not_ours = set(active_children())
@@ -762,8 +762,10 @@ def side_by_side(function, configs, jobs):
     # Workers ignore Ctrl-C from their first moment on. This process answers it, and ends them.
     previous_handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        futures = [pool.submit(function, config) for config in configs]
-        signal.signal(signal.SIGINT, previous_handler)
+        try:
+            futures = [pool.submit(function, config) for config in configs]
+        finally:
+            signal.signal(signal.SIGINT, previous_handler)
         yield (future.result() for future in futures)
     finally:
         for process in set(active_children()) - not_ours:

@@ -413,6 +413,15 @@ def test_attention_and_its_weights_follow_their_formula(rotary):
     assert_close(attention(x), y.flatten(2) @ attention.out.weight.T)
 
 
+def test_a_new_model_knows_nothing():
+    x, y, _, _ = small_data(n_train=500)
+    corrupted, is_masked = spt.mask_tokens(x, 5, 0.3)
+    model = small_model()
+    by_masks = spt.masked_loss(model, x, corrupted, is_masked).item()
+    assert by_masks == pytest.approx(math.log(5), abs=0.3)
+    assert spt.label_loss(model, x, y).item() == pytest.approx(math.log(2), abs=0.1)
+
+
 def test_the_model_is_a_pre_norm_encoder_with_a_last_norm_and_two_heads():
     model = small_model(n_layers=2)
     x = model.token_embedding(TOKENS) + spt.sinusoidal_positions(9, 32)
@@ -1025,12 +1034,14 @@ def test_endtoend_a_worker_that_dies_ends_the_command_with_status_2(monkeypatch,
     assert active_children() == []
 
 
-# Two workers that say how many threads they have, and then sleep for longer than a test takes.
+# Two workers that say how many threads they have and whether they ignore Ctrl-C, and then sleep
+# for longer than a test takes.
 SLEEPERS = """\
 import signal, sys, time, torch, spt
 
 def sleep(seconds):
-    print(torch.get_num_threads(), "thread", flush=True)
+    ignores_ctrl_c = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    print(torch.get_num_threads(), "thread", ignores_ctrl_c, flush=True)
     time.sleep(seconds)
 
 def command():
@@ -1048,7 +1059,8 @@ if __name__ == "__main__":
 def launch(*command):
     """Python with these arguments, as a process of its own."""
     environment = dict(os.environ, PYTHONPATH=str(ROOT))
-    environment.pop("OMP_NUM_THREADS", None)    # it would hide that a worker has many threads
+    environment.pop("OMP_NUM_THREADS", None)     # it would hide that a worker has many threads
+    environment.pop("PYTHONUNBUFFERED", None)    # and this a flush that is missing
     return subprocess.Popen(
         [sys.executable, *command], env=environment, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, start_new_session=True)
@@ -1069,7 +1081,7 @@ def sleepers():
     """The process of SLEEPERS, once both workers sleep."""
     Path("sleepers.py").write_text(SLEEPERS)
     process = launch("sleepers.py")
-    assert process.stdout.readline() == process.stdout.readline() == "1 thread\n"
+    assert process.stdout.readline() == process.stdout.readline() == "1 thread True\n"
     return process
 
 
@@ -1126,8 +1138,6 @@ def refuse(some_files, monkeypatch, capsys):
     "--signal 1.5",
     "--seq-len 2",
     "--vocab-size 1",
-    "--positions nowhere",
-    "--device fridge",
     "--task bag --vocab-size 7",
     "--task texture --seq-len 60",
     "--compare --seeds 0",
@@ -1149,6 +1159,7 @@ REFUSED = """\
 --json none/r.json               --json none/r.json: No such file or directory
 --compare --json folder          --json folder: Is a directory
 --save folder                    --save folder: Is a directory
+--vocab-size 2                   vocab_size 2: proximity needs 3 symbols or more
 --task data                      --task data: needs --data FILE
 --transfer qk                    --transfer: needs --spt
 --mask-ratio 0.5                 --mask-ratio: needs --spt
@@ -1180,14 +1191,12 @@ def test_bad_files_and_flags_that_would_change_nothing_are_refused(line, refuse)
 # The last flag is of interest.
 @pytest.mark.parametrize("flags", [
     "--signal 1.0",
-    "--lr 1.0",
     "--spt --mask-ratio 1.0",
     "--seed 2147483647",
     "--seq-len 3",
     "--vocab-size 3",
     "--task bag --vocab-size 2",
     "--n-train 1",
-    "--n-heads 16",
     "--task text --text book.txt",
     "--text book.txt --task text",
     "--text book.txt --vocab-size 9",
