@@ -376,6 +376,19 @@ def test_sinusoidal_positions_follow_their_formula():
     assert_close(spt.sinusoidal_positions(7, 4), pairs.flatten(1))
 
 
+def test_positions_keep_their_precision_where_the_default_is_bfloat16():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        sinusoids = spt.sinusoidal_positions(64, 32)
+        model = small_model()
+        turned = spt.rotate(torch.ones(64, 2, dtype=torch.float32))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_close(sinusoids, spt.sinusoidal_positions(64, 32), rtol=0, atol=0)
+    assert_close(turned, spt.rotate(torch.ones(64, 2)), rtol=0, atol=0)
+    assert model.classify(random_tokens()).dtype == torch.bfloat16
+
+
 def test_rotary_positions_turn_complex_numbers():
     x = torch.randn(12, 8)
     frequency = 10000.0 ** (-torch.arange(4) / 4)
