@@ -524,8 +524,7 @@ def test_a_phase_equals_a_plain_loop_of_adamw_that_calls_on_step_at_last(phase):
     def on_step(step):
         seen.append((step, model.norm.bias.tolist()))
 
-    with torch.device("meta"):    # batches are drawn on the CPU all the same
-        losses = phase(model, TOKENS, steps=20, lr=0.02, batch_size=7, seed=3, on_step=on_step)
+    losses = phase(model, TOKENS, steps=20, lr=0.02, batch_size=7, seed=3, on_step=on_step)
     optimizer = torch.optim.AdamW(by_hand.parameters())
     generator = torch.Generator().manual_seed(3)
     for step in range(20):
@@ -544,6 +543,18 @@ def test_a_phase_equals_a_plain_loop_of_adamw_that_calls_on_step_at_last(phase):
         assert losses[step] == loss.item()
         assert seen[step] == (step + 1, by_hand.norm.bias.tolist())
     assert_same_bits(model, by_hand)
+
+
+def test_batches_are_drawn_on_the_cpu_whatever_the_default_device():
+    devices = []
+
+    def batch_loss(chosen, generator):
+        devices.append(chosen.device.type)
+        raise StopIteration    # one batch is enough
+
+    with torch.device("meta"), pytest.raises(StopIteration):
+        spt.train(small_model(), batch_loss, 32, steps=1, lr=0.1)
+    assert devices == ["cpu"]
 
 
 # Dropout acts in training mode alone.
