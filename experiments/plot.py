@@ -100,8 +100,7 @@ def draw_accuracy(part, labels, near, masks):
     draw_arm(axes, masks, 400, BLUE)
     axes.text(15, 0.45, "labels alone", color=ORANGE)
     axes.text(15, 1.02, "labels, near start", color=GREEN)
-    axes.text(465, 0.62, "SPT: masked\ntokens in the\nshaded part,\nthen labels", color=BLUE,
-              fontsize=9)
+    axes.text(470, 0.6, "SPT:\nmasked\ntokens\n(shaded),\nthen\nlabels", color=BLUE)
     axes.set(xlabel="step", ylabel="test accuracy", ylim=(0.42, 1.08))
 
 

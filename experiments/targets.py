@@ -9,7 +9,7 @@ on the test sequences has come a fifth of the way from chance to the best: for l
 0, for masked tokens from the unigram entropy to the 1.64 that SPT reaches. The learning rate is
 constant after 40 steps of warm-up, and each number is at the better of two rates.
 
-Three seeds take about 9 minutes on two cores, `--seeds 1` a third of that.
+Three seeds take about 8 minutes on two cores, `--seeds 1` a third of that.
 """
 import math
 import statistics
