@@ -862,7 +862,9 @@ def show_setting(config):
           f"counting pairs {found['bigram_accuracy']:.3f}, "
           f"best possible {or_unknown(found['best_possible'])}")
     if data.unseen > 0:
-        print(f"{100 * data.unseen:.2g} % of the test tokens are not in the training sequences")
+        print(f"{data.unseen:.1%} of the test tokens are not in the training sequences")
+    if config.n_test < 100:
+        print(f"only {config.n_test} test sequences: the numbers below are rough")
     return config, data
 
 
@@ -1056,6 +1058,10 @@ def check(config, seeds, paths):
     for seeded in over_seeds(config, seeds):
         sized, _ = read_data(seeded)
     new_model(sized, 2, config.seed)
+    files = [path for path in (config.text, config.data, *paths.values()) if path is not None]
+    for path in files:
+        if files.count(path) > 1:
+            raise ValueError(f"{path}: is the file of two flags, and one would overwrite it")
     for flag, path in paths.items():
         if path is not None:
             with naming(flag, path):
@@ -1085,8 +1091,8 @@ def command(parser, given):
 def exit_status(command, *arguments):
     """Run a command and return its exit status.
 
-    That is 0, or 1 if it returns False, 2 if a file could not be written or a worker process died,
-    and 130 after Ctrl-C.
+    That is 0, or 1 if it returns False, 2 if a file could not be written, memory did not suffice or
+    a worker process died, and 130 after Ctrl-C.
     """
     torch.set_num_threads(1)    # at this size two threads would only wait for each other
     try:
@@ -1099,7 +1105,7 @@ def exit_status(command, *arguments):
         # Whoever read the output has left, as `| head` does. What is still unprinted goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (OSError, BrokenProcessPool) as error:
+    except (OSError, MemoryError, BrokenProcessPool) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 1 if holds is False else 0

@@ -308,7 +308,7 @@ def read_array(path, file, name):
 
 def whole_numbers(array):
     """Whole floats as int64, as far as they are exact; any other array as it is."""
-    if array.dtype.kind == "f" and (array % 1 == 0).all():
+    if array.dtype.kind == "f" and np.isfinite(array).all() and (array % 1 == 0).all():
         if (np.abs(array.astype(np.float64)) <= 2**53).all():
             return array.astype(np.int64)
     return array

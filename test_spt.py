@@ -292,6 +292,7 @@ def test_the_training_part_keeps_a_sequence_of_every_class_with_its_copies():
 
 @pytest.mark.parametrize("name, array, message", [
     ("tokens", BITS + 0.5, "tokens is float64 .*np.digitize"),
+    ("tokens", BITS + np.inf, "tokens is float64 .*np.digitize"),
     ("tokens", FIRST, r"tokens is int64 \(32,\); needs \(n, T\)"),
     ("tokens", BITS.astype("uint64"), "tokens is uint64 but test_tokens int64; needs one type"),
     ("tokens", BITS * 0, r"too few symbols, \[0\]; needs two"),
@@ -907,6 +908,7 @@ COMPARE = ["--compare", *QUICK, "--jobs", "1", "--json", "r.json"]
 COMPARISON = """\
 proximity: 64 training sequences of 9 tokens, 5 symbols, 8,807 weights
 chance 0.500, counting tokens 0.125, counting pairs 0.375, best possible 0.250
+only 32 test sequences: the numbers below are rough
 accuracy, mean ± standard deviation over 2 seeds, from 4 up;
 attention on both neighbours, of the head that has most
                              train         test          worst seed  neighbours
@@ -1192,6 +1194,8 @@ REFUSED = """\
 --compare --json folder          --json folder: Is a directory
 --save folder                    --save folder: Is a directory
 --vocab-size 2                   vocab_size 2: proximity needs 3 symbols or more
+--data own.npz --save own.npz    own.npz: is the file of two flags, and one would overwrite it
+--json r.json --save r.json      r.json: is the file of two flags, and one would overwrite it
 --task data                      --task data: needs --data FILE
 --transfer qk                    --transfer: needs --spt
 --mask-ratio 0.5                 --mask-ratio: needs --spt
@@ -1376,7 +1380,8 @@ def test_own_data_have_no_best_guess_and_a_share_of_unseen_tokens(some_files, ca
     assert capsys.readouterr().out == """\
 bag: 5 training sequences of 4 tokens, 3 symbols, 8,710 weights
 chance 0.667, counting tokens 0.333, counting pairs 0.333, best possible unknown
-10 % of the test tokens are not in the training sequences
+10.0% of the test tokens are not in the training sequences
+only 3 test sequences: the numbers below are rough
 """
 
 
