@@ -100,7 +100,7 @@ def draw_accuracy(part, labels, near, masks):
     draw_arm(axes, masks, 400, BLUE)
     axes.text(15, 0.45, "labels alone", color=ORANGE)
     axes.text(15, 1.02, "labels, near start", color=GREEN)
-    axes.text(470, 0.6, "SPT:\nmasked\ntokens\n(shaded),\nthen\nlabels", color=BLUE)
+    axes.text(470, 0.6, "SPT:\nmasked\ntokens,\nthen\nlabels", color=BLUE)
     axes.set(xlabel="step", ylabel="test accuracy", ylim=(0.42, 1.08))
 
 
