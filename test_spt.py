@@ -203,9 +203,9 @@ def test_frequent_characters_of_the_training_part_are_symbols_and_the_others_sha
     assert symbols.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2, 2]
 
 
-def test_white_space_is_folded_and_letters_are_lower_case_and_a_mark_is_dropped(tmp_path):
+def test_white_space_is_folded_letters_are_lower_case_and_a_byte_order_mark_goes(tmp_path):
     path = tmp_path / "a.txt"
-    path.write_text("  One\n\n\tTWO  é\n", encoding="utf-8-sig")
+    path.write_text("  One\n\n\tTWO  É\n", encoding="utf-8-sig")    # this writes the mark
     assert tasks.read_text(path) == "one two é"
 
 
@@ -227,12 +227,12 @@ def load(folder, seed=0, **arrays):
     return tasks.from_file(folder / "mine.npz", seed)
 
 
-@pytest.mark.filterwarnings("error")    # 2**53 is too large for float16
+@pytest.mark.filterwarnings("error")    # numpy warns if float16 is compared with 2**53
 @pytest.mark.parametrize("kind", ["uint8", "bool", "float16"])
-def test_numbers_of_any_type_are_used_as_they_are(kind, tmp_path):
+def test_numbers_of_any_type_keep_their_values(kind, tmp_path):
     numbers = dict(tokens=BITS.astype(kind), labels=FIRST.astype(kind))
     data = load(tmp_path, **(FOUR_ARRAYS | numbers))
-    for part, array in zip(data, FOUR_ARRAYS.values()):
+    for part, array in zip(data, FOUR_ARRAYS.values()):    # in the order of Data
         assert_array_equal(part, array)
     assert data[4:] == ([0, 1], [0, 1], 0)    # symbols, classes, and the unseen share
 
@@ -251,13 +251,14 @@ def test_words_and_names_are_numbered_in_sorted_order_and_an_unseen_word_is_the_
     assert data.unseen == 2 / 3
 
 
-@pytest.mark.parametrize("pad", [3, [3], 3.0])
+@pytest.mark.parametrize("pad", [7, [7], 7.0])
 def test_the_pad_is_the_mask_symbol_too_and_does_not_count_as_unseen(pad, tmp_path):
-    tokens = np.uint64([[2, 2**53, 3], [2**53 + 1, 2, 2]])    # as floats two of them would be one
+    # As floats, two of these would be one.
+    tokens = np.uint64([[2, 2**53, 7], [2**53 + 1, 2, 2]])
     data = load(tmp_path,
                 tokens=tokens,
                 labels=[0, 1],
-                test_tokens=tokens[:1] + 1,
+                test_tokens=np.uint64([[7, 2**53 + 1, 4]]),
                 test_labels=[0],
                 pad=pad)
     assert data.tokens.tolist() == [[0, 1, 3], [2, 0, 0]]
@@ -320,7 +321,7 @@ def test_a_missing_array_is_named(name, tmp_path):
 
 def test_a_damaged_file_is_refused(tmp_path):
     path = tmp_path / "mine.npz"
-    path.write_bytes(b"PK")
+    path.write_bytes(b"PK\x03\x04 and no more")
     with pytest.raises(ValueError, match="mine.npz: .*damaged"):
         tasks.from_file(path)
 
@@ -387,6 +388,7 @@ def test_positions_keep_their_precision_where_the_default_is_bfloat16():
         torch.set_default_dtype(torch.float32)
     assert_close(sinusoids, spt.sinusoidal_positions(64, 32), rtol=0, atol=0)
     assert_close(turned, spt.rotate(torch.ones(64, 2)), rtol=0, atol=0)
+    # A whole model is of the default type, and its positions are rounded with it.
     assert model.classify(random_tokens()).dtype == torch.bfloat16
 
 
@@ -635,11 +637,14 @@ def test_on_neighbours_is_both_sides_of_the_head_that_has_most():
     (spt.Transformer, (5, 9, 2, "nowhere"), "positions 'nowhere': must be one of sinusoidal"),
     (spt.mask_tokens, (TOKENS, 3, 0.3), "mask_id 3: .*, but one is 4"),
     (spt.mask_tokens, (TOKENS, 5, 0), "mask_ratio 0: must be above 0"),
+    (spt.mask_tokens, (TOKENS, 5, 1.1), "mask_ratio 1.1: .* at most 1"),
     (spt.finetune, (MODEL, TOKENS, LABELS[:, None]), r"\(32, 1\): must be \(32,\)"),
     (spt.accuracy, (MODEL, TOKENS, LABELS[1:]), r"\(31,\): must be \(32,\)"),
     (spt.start_attention, (MODEL, "sideways"), "start 'sideways': must be random"),
     (spt.start_attention, (NO_BLOCKS, "near"), "Transformer: needs blocks"),
     (spt.attention_by_offset, (NO_BLOCKS, TOKENS), "needs blocks"),
+    (spt.transfer, (MODEL, MODEL, "half"), "transfer 'half': must be qk or rest"),
+    (spt.transfer, (NO_BLOCKS, NO_BLOCKS, "qk"), "needs blocks"),
 ])
 def test_what_would_mislead_is_refused(function, arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -1925,14 +1930,18 @@ def test_who_has_not_taken_off_counts_twice_the_limit_for_a_rate_and_once_in_a_m
     assert targets.mean_steps(Cell("labels", 128, limit=2000), [400, None]) == 1200
 
 
-def test_cells_ask_for_what_their_rows_say():
-    asked = {}
+def test_cells_ask_for_what_their_rows_and_columns_say():
     for name, row in targets.TABLE.items():
-        asked[name] = {cell.kind + " " + cell.start for cell in row.values()}
-    assert asked == {
-        "labels": {"labels random"}, "masked tokens": {"masks random"},
-        "masked, as in SPT": {"masks random"}, "labels, near start": {"labels near"}}
-    assert [cell.seq_len for cell in targets.BELOW.values()] == [64, 64, 128, 128, 128]
+        for n_targets, cell in row.items():
+            assert cell.kind == ("labels" if name.startswith("labels") else "masks")
+            assert cell.start == ("near" if name.endswith("near start") else "random")
+            assert cell.sequences * cell.each == n_targets
+    assert [cell[:5] for cell in targets.BELOW.values()] == [
+        ("masks", 32, 4, "random", 64),
+        ("labels", 32, 64, "random", 64),
+        ("labels", 128, 1, "random", 128),
+        ("masks", 128, 1, "random", 128),
+        ("masks", 32, 38, "random", 128)]
 
 
 # Steps of a row, about as measured, in the order of its columns.
