@@ -8,7 +8,7 @@ must lie. Where labels must fail they run at all three rates of the comparison, 
 counts. Where they must succeed they run at one rate. SPT always runs at the default rates, also
 where it must fail. Exit status 1 says that a claim does not hold.
 
-Three seeds take about 7 minutes on two cores.
+Three seeds take about 8 minutes on two cores.
 """
 from typing import NamedTuple
 
