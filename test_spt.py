@@ -456,13 +456,14 @@ def test_the_model_is_a_pre_norm_encoder_with_a_last_norm_and_two_heads():
     assert_close(model.classify(TOKENS), model.class_head(x.mean(dim=1)))
 
 
-def test_every_argument_of_the_model_shapes_it():
+def test_the_arguments_of_the_model_decide_its_weights():
     model = spt.Transformer(vocab_size=7, seq_len=11, n_classes=3, positions="rotary", n_layers=3,
                             d_model=24, n_heads=4, d_ff=20)
     for block in model.blocks:
         assert block.attention.n_heads == 4
         assert block.attention.rotary
-    # Embeddings 8 x 24, blocks 3 x (4 x 24 x 24 + 2 x 24 x 20 + 4 x 24), norm 2 x 24, heads 25 x 10
+    # Embeddings (7 + 1) x 24, 3 blocks of 4 x 24 x 24 + 2 x 24 x 20 + 4 x 24, the last norm
+    # 2 x 24, output layers (24 + 1) x 7 and (24 + 1) x 3.
     assert sum(weight.numel() for weight in model.parameters()) == 10_570
 
 
@@ -734,7 +735,7 @@ def test_a_task_has_its_recipe_and_changes_overrule_it():
     assert spt.recipe(task="texture", signal=0.4) == spt.Config(task="texture", signal=0.4)
 
 
-# No value is the default, and no size divides another.
+# No value is the default.
 SETTINGS = dict(
     seed=3, n_train=61, n_test=31, seq_len=11, vocab_size=6, signal=0.8, positions="shuffled",
     n_layers=2, d_model=16, n_heads=1, d_ff=20, start="near", pretrain_steps=7, finetune_steps=9,
@@ -1138,6 +1139,8 @@ def test_endtoend_workers_end_when_their_parent_is_killed(some_files):
 
 
 def test_endtoend_a_script_without_a_guard_ends_with_an_error(some_files):
+    # A spawned worker runs the script once more, may not start workers itself, and dies with a
+    # traceback. The script must then end, and not wait for its workers for ever.
     Path("bare.py").write_text(SLEEPERS.replace('if __name__ == "__main__":', "if True:"))
     status, err = end_of(launch("bare.py"))
     assert status == 2
@@ -1224,7 +1227,7 @@ REFUSED = """\
 
 
 @pytest.mark.parametrize("line", REFUSED.splitlines())
-def test_bad_files_and_flags_that_would_change_nothing_are_refused(line, refuse):
+def test_files_and_flags_that_cannot_be_used_are_refused(line, refuse):
     flags, message = re.split("   +", line)
     assert refuse(flags) == message
 
@@ -1265,7 +1268,7 @@ def test_every_flag_arrives_in_the_config(monkeypatch):
     kept = keep_what_is_run(monkeypatch)
     settings = dict(SETTINGS, spt=True, freeze_qk=True, transfer="qk")
     spt.main(flags_of(settings))
-    kept.assert_called_once_with(spt.Config(**settings), None, None)
+    kept.assert_called_once_with(spt.Config(**settings), None, None)    # no --json, no --save
 
 
 @pytest.mark.parametrize("flags, device, arguments", [
@@ -1322,7 +1325,8 @@ def test_help_names_every_flag_and_its_defaults(monkeypatch):
     assert "follows its class's rule (default 0.5, texture: 0.6, bag: 0.2)" in text
 
 
-def test_help_prints_80_columns_and_ends_with_status_0(monkeypatch, capsys):
+def test_help_has_at_most_80_columns_and_ends_with_status_0(monkeypatch, capsys):
+    # argparse wraps the texts to this, but neither our usage line nor a long list of choices.
     monkeypatch.setenv("COLUMNS", "80")
     assert status_of("--help") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -1528,7 +1532,7 @@ def test_a_command_of_experiments_checks_flags_hands_them_on_and_has_status_1_fo
 
 @pytest.mark.parametrize("flags", [
     "--seeds 0", "--jobs 0", "--json none/r.json",
-    # The theory takes three seeds, whatever --seeds says.
+    # The theory takes three seeds, whatever --seeds says, and here the third would be 2**31.
     "--seed 2147483646 --seeds 1",
 ])
 def test_a_command_refuses_bad_input_before_it_measures(flags, monkeypatch, capsys):
@@ -2113,12 +2117,14 @@ def test_the_blocks_of_readme_run_in_their_order_endtoend(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     scope = {}
     exec(code_block("np.savez"), scope)
+    # README's command, with few steps.
     spt.main("--data mine.npz --spt --save mine.pt --pretrain-steps 9 --finetune-steps 9".split())
     exec(code_block("torch.load"), scope)
     assert_array_equal(scope["tokens"], tasks.from_file("mine.npz").test_tokens[:5])
     exec(code_block("class Mine"), scope)
+    # What it prints last is the test accuracy of the encoder; without SPT it would be 0.5.
     assert float(capsys.readouterr().out.split()[-1]) >= 0.9
-    exec(code_block("DataLoader"), scope)
+    exec(code_block("DataLoader"), scope)    # this has no result, and only has to run
 
 
 def test_the_first_command_of_readme_prints_what_stands_there_endtoend(capsys):
