@@ -1043,9 +1043,9 @@ def refuse_unused(given, config):
         (task != given.get("task", task), {"task"}, f"is {task} with --{task}"),
     ]
     for is_unused, names, why in unused:
-        for name in sorted(names & set(given)):
-            if is_unused:
-                raise ValueError(f"{flag_of(name)}: {why}")
+        wrong = sorted(names & set(given))
+        if is_unused and wrong:
+            raise ValueError(f"{flag_of(wrong[0])}: {why}")
 
 
 def check(config, seeds, paths):

@@ -291,6 +291,7 @@ def test_the_training_part_keeps_a_sequence_of_every_class_with_its_copies():
     assert drawn == {6, 3}
 
 
+@pytest.mark.filterwarnings("error")    # a refusal is one line, and no warning beside it
 @pytest.mark.parametrize("name, array, message", [
     ("tokens", BITS + 0.5, "tokens is float64 .*np.digitize"),
     ("tokens", BITS + np.inf, "tokens is float64 .*np.digitize"),
@@ -1454,6 +1455,7 @@ def test_a_command_has_status_1_only_where_it_returns_false():
 @pytest.mark.parametrize("error, status, line", [
     (OSError("disk full"), 2, "error: disk full\n"),
     (BrokenProcessPool("a worker died"), 2, "error: a worker died\n"),
+    (MemoryError("too large"), 2, "error: too large\n"),
     (KeyboardInterrupt, 130, "interrupted\n"),
 ])
 def test_a_command_that_fails_says_so_in_one_line(error, status, line, capsys):

@@ -8,8 +8,8 @@ places shuffled, the same way in every sequence. Beside it stand scikit-learn's 
 by row, 16 grey levels and 0, with a random fifth as the test.
 
 Needs `pip install mnist1d scikit-learn`. Nothing is downloaded. Writes mnist1d.npz,
-mnist1d_shuffled.npz and digits.npz into this folder and prints README's table, a line as soon as
-it is measured. It takes about half an hour on two cores. `--seeds 1` takes a third.
+mnist1d_shuffled.npz and digits.npz into this folder and prints a table, a line as soon as it is
+measured. README has three of its lines, with the best of the three label rates. It takes about half an hour on two cores. `--seeds 1` takes a third.
 """
 from dataclasses import replace
 from pathlib import Path
