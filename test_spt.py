@@ -287,6 +287,10 @@ def test_frequent_characters_of_the_training_part_are_symbols_and_the_others_sha
     assert symbols.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2, 2]
 
 
+def test_the_default_text_is_the_manual_of_python():
+    assert "the following" in tasks.read_text(None)
+
+
 def test_white_space_is_folded_letters_are_lower_case_and_a_byte_order_mark_goes(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("  One\n\n\tTWO  É\n", encoding="utf-8-sig")    # this writes the mark
@@ -365,7 +369,7 @@ def test_the_pad_is_the_mask_symbol_too_and_does_not_count_as_unseen(pad, tmp_pa
     assert data.unseen == 1 / 2
 
 
-def test_without_a_test_part_a_random_fifth_of_the_distinct_sequences_is_it(tmp_path):
+def test_without_a_test_part_a_fifth_of_the_distinct_sequences_becomes_it(tmp_path):
     # The first sequence has 20 copies, and counts once like the others.
     tokens = np.repeat(BITS, [20] + [3] * 31, axis=0)
     data = load(tmp_path, tokens=tokens, labels=tokens[:, 0])
@@ -378,11 +382,12 @@ def test_without_a_test_part_a_random_fifth_of_the_distinct_sequences_is_it(tmp_
     assert_array_equal(data.test_labels, data.test_tokens[:, 0])
 
 
-def test_the_random_fifth_is_that_of_the_seed_0_unless_told(tmp_path):
-    data = load(tmp_path, tokens=BITS, labels=FIRST)
-    zero, one = [tasks.from_file(tmp_path / "mine.npz", seed) for seed in (0, 1)]
-    assert_array_equal(data.test_tokens, zero.test_tokens)
-    assert data.test_tokens.tolist() != one.test_tokens.tolist()
+def test_that_fifth_is_random_with_the_seed_0_by_default(tmp_path):
+    by_default = load(tmp_path, tokens=BITS, labels=FIRST)    # this writes mine.npz
+    zero = tasks.from_file(tmp_path / "mine.npz", seed=0)
+    one = tasks.from_file(tmp_path / "mine.npz", seed=1)
+    assert_array_equal(by_default.test_tokens, zero.test_tokens)
+    assert by_default.test_tokens.tolist() != one.test_tokens.tolist()
 
 
 def test_the_random_fifth_leaves_a_sequence_of_every_class_with_its_copies():
@@ -401,7 +406,7 @@ def test_the_random_fifth_leaves_a_sequence_of_every_class_with_its_copies():
 @pytest.mark.parametrize("name, array, message", [
     ("tokens", BITS + 0.5, "tokens is float64 .*np.digitize"),
     ("tokens", BITS + np.inf, "tokens is float64 .*np.digitize"),
-    ("tokens", BITS + 2.0**54, "tokens is float64 .*np.digitize"),    # two would be one
+    ("tokens", BITS + 2.0**54, "tokens is float64 .*np.digitize"),    # no float is exact there
     ("tokens", FIRST, r"tokens is int64 \(32,\); needs \(n, T\)"),
     ("tokens", BITS[:, :2], "sequences of 3 tokens or more"),
     ("tokens", BITS[:0], r"\(0, 5\); needs \(n, T\)"),
@@ -461,8 +466,10 @@ def test_counting_is_naive_bayes_with_one_count_more(x, label):
 # All tokens are as frequent in one class as in the other, but they stand in another order.
 @pytest.mark.parametrize("x, label", [
     ([0, 1, 2], 0),
-    ([2, 1, 1], 1),
-    ([0, 3, 3], 0),    # 3 is new. In base 3 the pair 0 3 would have the number of 1 0.
+    ([2, 1, 0], 1),
+    # A new symbol says nothing, so this is the more frequent class. If pairs were numbered in base
+    # 3, the pair 0 3 would have the number of 1 0, which is of class 1.
+    ([0, 3, 3], 0),
 ])
 def test_counting_pairs_is_naive_bayes_on_ordered_neighbours(x, label):
     tokens = np.array([[0, 1, 2], [0, 1, 2], [2, 1, 0]])
@@ -527,7 +534,7 @@ def test_a_model_computes_in_the_default_type(bfloat16_is_the_default):
 
 
 def test_shuffled_positions_are_the_sinusoidal_rows_in_another_order():
-    shuffled = small_model(positions="shuffled").positions.tolist()
+    shuffled = spt.Transformer(5, 9, positions="shuffled").positions.tolist()
     rows = spt.sinusoidal_positions(9, 32).tolist()
     assert shuffled != rows
     assert sorted(shuffled) == sorted(rows)
@@ -605,10 +612,26 @@ def test_each_token_but_the_mask_symbol_is_masked_where_its_draw_is_below_the_ra
     assert_close(corrupted, torch.where(is_masked, 5, tokens))
 
 
-def test_masks_and_batches_are_drawn_on_the_cpu_whatever_the_default_device():
+# On the device "meta" nothing has a value.
+def test_masks_are_drawn_on_the_cpu_whatever_the_default_device():
+    generator = torch.Generator().manual_seed(3)
+    with torch.device("meta"):
+        _, is_masked = spt.mask_tokens(TOKENS, 5, 0.3, generator)
+    _, as_ever = spt.mask_tokens(TOKENS, 5, 0.3, generator.manual_seed(3))
+    assert_close(is_masked, as_ever)
+
+
+def test_batches_are_drawn_on_the_cpu_whatever_the_default_device():
+    drawn = []
+
+    def batch_loss(chosen, generator):
+        drawn.extend(chosen.tolist())
+        raise TrainingBegins
+
     model = small_model()
-    with torch.device("meta"):    # what is drawn there has no values, and using it is an error
-        spt.pretrain(model, TOKENS, mask_id=5, steps=1)
+    with torch.device("meta"), pytest.raises(TrainingBegins):
+        spt.train(model, batch_loss, 32, steps=1, lr=0.1, batch_size=7)
+    assert len(drawn) == 7
 
 
 def test_masks_stand_where_the_tokens_are(monkeypatch):
@@ -618,10 +641,12 @@ def test_masks_stand_where_the_tokens_are(monkeypatch):
     assert is_masked.is_meta
 
 
-def test_where_nothing_is_masked_the_loss_is_0_and_training_goes_on():
-    loss = spt.masked_loss(MODEL, TOKENS, TOKENS, TOKENS == 5)
+def test_where_nothing_is_masked_the_loss_is_0_and_so_is_its_gradient():
+    model = small_model()
+    loss = spt.masked_loss(model, TOKENS, TOKENS, TOKENS == 5)
     loss.backward()
     assert loss.item() == 0
+    assert model.norm.weight.grad.abs().max() == 0
 
 
 # --- The training loop -------------------------------------------------------------------------
@@ -788,50 +813,53 @@ def test_no_setting_in_sizes_or_settings_is_the_default():
     assert not (SIZES.items() | SETTINGS.items()) & asdict(spt.Config()).items()
 
 
-def start_by_hand(seed, freeze_qk):
+def start_by_hand(config, seed):
     torch.manual_seed(seed)
-    model = spt.Transformer(6, 11, positions="shuffled", n_layers=2, d_model=16, n_heads=1,
-                            d_ff=20)
-    spt.start_attention(model, "near")
-    for block in model.blocks:
-        block.attention.query.requires_grad_(not freeze_qk)
-        block.attention.key.requires_grad_(not freeze_qk)
+    model = spt.Transformer(config.vocab_size, config.seq_len, 2, config.positions,
+                            config.n_layers, config.d_model, config.n_heads, config.d_ff)
+    spt.start_attention(model, config.start)
+    if config.freeze_qk:
+        for block in model.blocks:
+            block.attention.query.requires_grad_(False)
+            block.attention.key.requires_grad_(False)
     return model
 
 
 def run_by_hand(config):
-    """The result and the model of a run of SETTINGS in any arm."""
-    parts = tasks.make_task("proximity", n_train=61, n_test=31, seq_len=11, vocab_size=6,
-                            signal=0.8, seed=3)
+    """The result and the model of a run of proximity in any arm."""
+    parts = tasks.make_task(
+        "proximity", n_train=config.n_train, n_test=config.n_test, seq_len=config.seq_len,
+        vocab_size=config.vocab_size, signal=config.signal, seed=config.seed)
     x, y, x_test, y_test = map(torch.from_numpy, parts)
-    model = start_by_hand(3, config.freeze_qk)
+    training = dict(batch_size=config.batch_size, seed=config.seed)
+    model = start_by_hand(config, config.seed)
     attention = {"at init": spt.attention_by_offset(model, x_test)}
-    arm = "labels"
-    label_steps = 7 + 9
-    loss = None
     if config.spt:
         arm = "SPT"
-        label_steps = 9
-        spt.pretrain(model, x, mask_id=6, mask_ratio=0.4, steps=7, lr=0.02, batch_size=7, seed=3)
+        spt.pretrain(model, x, mask_id=config.vocab_size, mask_ratio=config.mask_ratio,
+                     steps=config.pretrain_steps, lr=config.pretrain_lr, **training)
         attention["pretrained"] = spt.attention_by_offset(model, x_test)
-        # All in one batch. In batches of 7 the draws are the same, one after the other.
-        masks = spt.mask_tokens(x_test, 6, 0.4, torch.Generator().manual_seed(3))
-        loss = pytest.approx(spt.masked_loss(model, x_test, *masks).item())
+        masked_loss = spt.masked_loss_on_test(model, x_test, config)
+        label_steps = config.finetune_steps
+    else:
+        arm = "labels"
+        masked_loss = None
+        label_steps = config.pretrain_steps + config.finetune_steps
     if config.transfer != "all":
         pretrained = model
-        model = start_by_hand(3 + 10**6, config.freeze_qk)
+        model = start_by_hand(config, config.seed + 10**6)
         spt.transfer(pretrained, model, config.transfer)
-    spt.finetune(model, x, y, steps=label_steps, lr=0.03, batch_size=7, seed=3)
+    spt.finetune(model, x, y, steps=label_steps, lr=config.lr, **training)
     attention["after labels"] = spt.attention_by_offset(model, x_test)
     result = dict(
-        arm=arm, total_steps=7 + 9, test_masked_loss=loss,
+        arm=arm, total_steps=config.pretrain_steps + config.finetune_steps,
         train=spt.accuracy(model, x, y), test=spt.accuracy(model, x_test, y_test),
-        on_neighbours=spt.on_neighbours(attention["after labels"]),
+        test_masked_loss=masked_loss, on_neighbours=spt.on_neighbours(attention["after labels"]),
         attention={stage: layers.tolist() for stage, layers in attention.items()},
         chance=tasks.chance(parts[3]), unigram_accuracy=tasks.unigram_accuracy(*parts),
         bigram_accuracy=tasks.bigram_accuracy(*parts),
-        best_possible=tasks.best_possible_accuracy("proximity", *parts[2:], 6),
-        unigram_entropy=tasks.unigram_entropy(parts[0], 6), config=asdict(config))
+        best_possible=tasks.best_possible_accuracy("proximity", *parts[2:], config.vocab_size),
+        unigram_entropy=tasks.unigram_entropy(parts[0], config.vocab_size), config=asdict(config))
     return result, model
 
 
@@ -848,6 +876,15 @@ def test_a_run_in_any_arm_equals_one_written_by_hand(arm, freeze_qk):
     expected, by_hand = run_by_hand(config)
     assert_same_weights(model, by_hand)
     assert result == expected
+
+
+def test_the_masked_loss_on_test_is_the_mean_over_all_masked_tokens_of_all_batches():
+    config = replace(SMALL, batch_size=7, mask_ratio=0.4, seed=3)
+    loss = spt.masked_loss_on_test(MODEL, TOKENS, config)
+    # In one batch. The generator draws the same numbers for it as for batches of 7 one by one.
+    corrupted, is_masked = spt.mask_tokens(TOKENS, 5, 0.4, torch.Generator().manual_seed(3))
+    logits = MODEL.reconstruct(corrupted)[is_masked]
+    assert loss == pytest.approx(F.cross_entropy(logits, TOKENS[is_masked]).item())
 
 
 @pytest.mark.parametrize("changes, arguments", [
@@ -1137,8 +1174,9 @@ def test_a_comparison_runs_in_as_many_jobs_as_asked(monkeypatch):
 def test_workers_are_ended_and_other_processes_of_the_caller_are_not(executor, monkeypatch):
     other = Mock()
     worker = Mock()
-    children = Mock(side_effect=[[other], [other, worker]])    # before and after
-    monkeypatch.setattr(spt, "active_children", children)
+    before = [other]
+    at_the_end = [other, worker]
+    monkeypatch.setattr(spt, "active_children", Mock(side_effect=[before, at_the_end]))
     with pytest.raises(KeyError), spt.side_by_side(abs, [-2, -1], 2):
         raise KeyError
     worker.terminate.assert_called_once_with()
@@ -1405,7 +1443,7 @@ def test_help_tells_defaults_and_those_of_tasks_with_another(monkeypatch):
     assert "follows its class's rule (default 0.5, texture: 0.6, bag: 0.2)" in text
 
 
-def test_help_has_at_most_80_columns_and_ends_with_status_0(monkeypatch, capsys):
+def test_help_has_at_most_80_columns_a_short_usage_and_status_0(monkeypatch, capsys):
     # argparse wraps the texts to this, but neither our usage line nor a long list of choices.
     monkeypatch.setenv("COLUMNS", "80")
     assert status_of("--help") == 0
@@ -2047,24 +2085,46 @@ def test_the_theory_trains_by_masks_and_by_labels_at_uniform_attention_and_from_
     assert theory.configs_of(300, "cuda") == [replace(uniform, spt=True), uniform, *masks, *full]
 
 
-@pytest.mark.parametrize("failing", [None, "show_bag", "show_proof", "show_pulls"])
-def test_theory_shows_what_it_measures_in_three_parts_and_holds_where_all_do(
-        failing, some_files, monkeypatch):
+def test_pulls_are_measured_after_the_last_step_of_the_theory():
+    for config in theory.configs_of(0, "cpu"):
+        assert config.pretrain_steps in theory.PULL_STEPS
+
+
+def without_measuring(monkeypatch, failing=None):
+    """Nothing is measured or shown. Returns what `without_workers` does.
+
+    The config number 3 has the result "found 3". One part may fail.
+    """
     for part in ("show_bag", "show_proof", "show_pulls"):
         monkeypatch.setattr(theory, part, Mock(return_value=part != failing))
-    monkeypatch.setattr(theory, "one_layer_pulls", Mock(return_value=("pulls", "alone")))
-    monkeypatch.setattr(theory, "configs_of", Mock(return_value=list("abcdefgh")))
-    asked = without_workers(monkeypatch, str.upper)
-    holds = theory.theory(seed=300, jobs=3, device="cuda", json="r.json")
-    assert holds is (failing is None)
+    monkeypatch.setattr(theory, "one_layer_pulls", Mock(return_value=("pulls", "control")))
+    monkeypatch.setattr(theory, "configs_of", Mock(return_value=range(8)))
+    return without_workers(monkeypatch, lambda config: f"found {config}")
+
+
+def test_theory_runs_its_configs_in_as_many_jobs_as_asked(monkeypatch):
+    asked = without_measuring(monkeypatch)
+    theory.theory(seed=300, jobs=3, device="cuda", json=None)
     theory.configs_of.assert_called_once_with(300, "cuda")
-    assert asked == [(theory.pulls_while_training, list("abcdefgh"), 3)]
-    theory.show_bag.assert_called_once_with("A", "B")
+    assert asked == [(theory.pulls_while_training, list(range(8)), 3)]
+
+
+def test_each_part_of_the_theory_is_shown_what_was_measured_for_it(some_files, monkeypatch):
+    without_measuring(monkeypatch)
+    theory.theory(seed=300, jobs=3, device="cuda", json="r.json")
+    masks = ["found 2", "found 3", "found 4"]
+    labels = ["found 5", "found 6", "found 7"]
+    theory.show_bag.assert_called_once_with("found 0", "found 1")
     theory.one_layer_pulls.assert_called_once_with(300)
-    theory.show_proof.assert_called_once_with("pulls", "alone")
-    theory.show_pulls.assert_called_once_with(["C", "D", "E"], ["F", "G", "H"])
-    assert records() == [
-        dict(row="theory", seed=300, masks=["C", "D", "E"], labels=["F", "G", "H"])]
+    theory.show_proof.assert_called_once_with("pulls", "control")
+    theory.show_pulls.assert_called_once_with(masks, labels)
+    assert records() == [dict(row="theory", seed=300, masks=masks, labels=labels)]
+
+
+@pytest.mark.parametrize("failing", [None, "show_bag", "show_proof", "show_pulls"])
+def test_the_theory_holds_only_where_all_parts_do(failing, monkeypatch):
+    without_measuring(monkeypatch, failing)
+    assert theory.theory(seed=300, jobs=3, device="cuda", json=None) is (failing is None)
 
 
 # --- Targets -----------------------------------------------------------------------------------
@@ -2176,15 +2236,14 @@ def test_the_cells_of_the_table_ask_for_what_their_rows_and_columns_say():
 
 
 def test_the_cells_below_the_table_ask_for_what_their_lines_say():
-    asked = {}
-    for name, cell in targets.BELOW.items():
-        asked[name] = (cell.kind, cell.sequences, cell.each, cell.seq_len)
-    assert asked == {
-        "4 masked tokens in each of 32 sequences": ("masks", 32, 4, 64),
-        "one label asked at all its 64 positions": ("labels", 32, 64, 64),
-        "length 128: 1 label in each of 128": ("labels", 128, 1, 128),
-        "length 128: 1 masked in each of 128": ("masks", 128, 1, 128),
-        "length 128: 38 masked in each of 32": ("masks", 32, 38, 128),
+    assert targets.BELOW == {
+        "4 masked tokens in each of 32 sequences": Cell("masks", 32, 4, limit=2000),
+        "one label asked at all its 64 positions": Cell("labels", 32, 64, limit=2000),
+        "length 128: 1 label in each of 128":
+            Cell("labels", 128, seq_len=128, limit=1500, rates=(0.003,)),
+        "length 128: 1 masked in each of 128":
+            Cell("masks", 128, seq_len=128, limit=1500, rates=(0.003,)),
+        "length 128: 38 masked in each of 32": Cell("masks", 32, 38, seq_len=128, limit=3000),
     }
 
 
@@ -2257,34 +2316,53 @@ def test_a_verdict_on_targets_fails_beyond_its_bound(changed, text, capsys):
     assert text in verdicts(judge, changed, capsys)
 
 
-@pytest.mark.parametrize("holds", [True, False])
-def test_targets_run_every_cell_at_its_rates_and_judge_the_better(
-        holds, some_files, monkeypatch):
-    first = Cell("labels", 4)
-    second = Cell("masks", 4, rates=(0.003,))
-    monkeypatch.setattr(targets, "BELOW", {"first": first})
-    monkeypatch.setattr(targets, "TABLE", {"row": {4: second}})
+FIRST_CELL = Cell("labels", 4)
+SECOND_CELL = Cell("masks", 4, rates=(0.003,))
+# {(cell, rate, seed): steps until take-off}. The first cell is faster at its second rate.
+STEPS = {
+    (FIRST_CELL, 0.003, 300): 50,
+    (FIRST_CELL, 0.003, 301): 60,
+    (FIRST_CELL, 0.01, 300): 40,
+    (FIRST_CELL, 0.01, 301): 50,
+    (SECOND_CELL, 0.003, 300): 70,
+    (SECOND_CELL, 0.003, 301): None,
+}
+
+
+def targets_of_two_cells(monkeypatch, holds=True):
+    """Run `targets` where STEPS are all it measures. Returns what it returns, and what is asked."""
+    monkeypatch.setattr(targets, "BELOW", {"first": FIRST_CELL})
+    monkeypatch.setattr(targets, "TABLE", {"row": {4: SECOND_CELL}})
     monkeypatch.setattr(targets, "show_table", Mock())
     monkeypatch.setattr(targets, "judge", Mock(return_value=holds))
-    steps = {
-        (first, 0.003, 300): 50,
-        (first, 0.003, 301): 60,
-        (first, 0.01, 300): 40,
-        (first, 0.01, 301): 50,
-        (second, 0.003, 300): 70,
-        (second, 0.003, 301): None,
-    }
-    asked = without_workers(monkeypatch, steps.get)
-    assert targets.targets(seed=300, seeds=2, jobs=3, json="r.json") is holds
-    assert asked == [(targets.steps_to_take_off, list(steps), 3)]
-    found = {first: [40, 50], second: [70, None]}
+    asked = without_workers(monkeypatch, STEPS.get)
+    return targets.targets(seed=300, seeds=2, jobs=3, json="r.json"), asked
+
+
+def test_targets_run_each_cell_at_its_rates_with_each_seed(some_files, monkeypatch):
+    _, asked = targets_of_two_cells(monkeypatch)
+    assert asked == [(targets.steps_to_take_off, list(STEPS), 3)]
+
+
+def test_targets_show_and_judge_each_cell_at_its_better_rate(some_files, monkeypatch):
+    targets_of_two_cells(monkeypatch)
+    found = {FIRST_CELL: [40, 50], SECOND_CELL: [70, None]}
     targets.show_table.assert_called_once_with(found)
     targets.judge.assert_called_once_with(found)
-    expected = []
-    for (cell, rate, seed), n_steps in steps.items():
-        of_cell = dict(cell._asdict(), rates=list(cell.rates))
-        expected.append(dict(row="targets", **of_cell, lr=rate, seed=seed, steps=n_steps))
-    assert records() == expected
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_targets_hold_where_the_verdicts_do(holds, some_files, monkeypatch):
+    found, _ = targets_of_two_cells(monkeypatch, holds)
+    assert found is holds
+
+
+def test_targets_write_each_run(some_files, monkeypatch):
+    targets_of_two_cells(monkeypatch)
+    assert len(records()) == len(STEPS)
+    assert records()[3] == dict(
+        row="targets", kind="labels", sequences=4, each=1, start="random", seq_len=64, limit=3000,
+        rates=[0.003, 0.01], lr=0.01, seed=301, steps=50)
 
 
 # --- The benchmark -----------------------------------------------------------------------------
@@ -2299,8 +2377,17 @@ BENCHMARK = [
 ]
 
 
+def benchmark_without_training(monkeypatch):
+    """Run the benchmark where the test accuracy of a run is its rate. Returns what is asked."""
+    monkeypatch.setattr(benchmark, "make_mnist1d", Mock())
+    monkeypatch.setattr(benchmark, "make_digits", Mock())
+    asked = without_workers(monkeypatch, lambda config: dict(test=config.lr, train=0.5))
+    benchmark.benchmark(seed=7, seeds=2, jobs=3, device="cuda", json="r.json")
+    return asked
+
+
 def test_a_line_of_the_benchmark_is_labels_at_three_rates_the_near_start_and_spt(
-        some_files, monkeypatch, capsys):
+        some_files, monkeypatch):
     plan = []
     for file, near_rate, changes in BENCHMARK:
         config = spt.Config(task="data", data=str(ROOT / "experiments" / file), device="cuda",
@@ -2309,20 +2396,22 @@ def test_a_line_of_the_benchmark_is_labels_at_three_rates_the_near_start_and_spt
         arms += [replace(config, lr=near_rate, start="near"), replace(config, spt=True)]
         for arm in arms:
             plan += [replace(arm, seed=7), replace(arm, seed=8)]
-    monkeypatch.setattr(benchmark, "make_mnist1d", Mock())
-    monkeypatch.setattr(benchmark, "make_digits", Mock())
-    asked = without_workers(monkeypatch, lambda config: dict(test=config.lr, train=0.5))
-    benchmark.benchmark(seed=7, seeds=2, jobs=3, device="cuda", json="r.json")
-    assert asked == [(spt.result_of, plan, 3)]
-    assert len(records()) == len(plan)
-    assert records()[-1]["row"] == "digits, 2,400 steps, column 5"
+    assert benchmark_without_training(monkeypatch) == [(spt.result_of, plan, 3)]
+
+
+def test_the_benchmark_makes_its_data_and_prints_and_writes_all_runs(
+        some_files, monkeypatch, capsys):
+    benchmark_without_training(monkeypatch)
     benchmark.make_mnist1d.assert_called_once_with()
     benchmark.make_digits.assert_called_once_with()
     head, *_, last = capsys.readouterr().out.splitlines()
     assert head == ("| test accuracy (train) | labels, lr 0.001 | lr 0.003 | lr 0.01 "
                     "| near start | SPT |")
+    # The rates are those of BENCHMARK. Two seeds have the same rate.
     assert last == ("| digits, 2,400 steps | 0.001 ± 0.000 (0.50) | 0.003 ± 0.000 (0.50) "
                     "| 0.010 ± 0.000 (0.50) | 0.010 ± 0.000 (0.50) | 0.005 ± 0.000 (0.50) |")
+    assert len(records()) == 4 * 5 * 2    # lines, columns and seeds
+    assert records()[-1]["row"] == "digits, 2,400 steps, column 5"
 
 
 # --- Pieces that copy alone, and README --------------------------------------------------------
