@@ -53,7 +53,7 @@ TABLE = {
         128: Cell("masks", 128, limit=2000),
         608: Cell("masks", 608, limit=1000)},
     "masked, as in SPT": {
-        608: Cell("masks", 32, each=19)},
+        608: Cell("masks", 32, each=19, limit=1000)},
     "labels, near start": {
         32: Cell("labels", 32, start="near"),
         128: Cell("labels", 128, start="near", limit=2000),
