@@ -181,17 +181,19 @@ LAW_SIZES = {
 
 
 def choices(name, x, t, label):
-    """The symbols among which the rule of a class chooses token t of the sequence x."""
+    """The symbols among which token t of the sequence x is chosen; all, if it has no rule."""
+    vocab_size = LAW_SIZES[name]["vocab_size"]
+    row, column = divmod(t, 3)    # of a texture
     if name == "proximity" and t > 0:
         step = [-1, 1][label]
-        return [(x[t - 1] + step) % 4]
-    if name == "texture" and label == 0 and t not in (0, 3, 6):
+        return [(x[t - 1] + step) % vocab_size]
+    if name == "texture" and label == 0 and column > 0:
         return [x[t - 1]]
-    if name == "texture" and label == 1 and t >= 3:
+    if name == "texture" and label == 1 and row > 0:
         return [x[t - 3]]
     if name == "bag":
         return [[0, 1], [2, 3]][label]
-    return range(LAW_SIZES[name]["vocab_size"])
+    return range(vocab_size)
 
 
 def law(name, label):
@@ -219,24 +221,24 @@ def test_sequences_of_both_parts_follow_the_law_of_their_class(name, label):
     expected = len(place) * p
     seen = np.bincount(place, minlength=len(p))
     chi_square = ((seen - expected) ** 2 / expected).sum()
-    # The mean of chi-square is its degrees of freedom, and its variance is twice that.
+    # Of the true law, chi-square has the mean `degrees` and the variance 2 x `degrees`.
     degrees = len(p) - 1
-    assert chi_square == pytest.approx(degrees, abs=5 * math.sqrt(2 * degrees))
+    assert chi_square < degrees + 5 * math.sqrt(2 * degrees)
 
 
 @pytest.mark.parametrize("name", LAW_SIZES)
 def test_the_best_possible_guess_is_the_likelier_class_and_a_tie_counts_half(name):
     x, p_of_1 = law(name, 1)
     _, p_of_0 = law(name, 0)
-    margins = np.round(p_of_1 - p_of_0, 12)    # without rounding errors, a tie is 0
+    is_tie = np.isclose(p_of_1, p_of_0)
     # Every sequence gets the label of its likelier class, so only ties cost.
-    labels = margins > 0
+    labels = p_of_1 > p_of_0
     best = tasks.best_possible_accuracy(name, x, labels, LAW_SIZES[name]["vocab_size"])
-    assert best == 1 - (margins == 0).mean() / 2
+    assert best == 1 - is_tie.mean() / 2
 
 
 @pytest.mark.parametrize("name", tasks.TASKS)
-def test_a_seed_gives_the_same_data_and_another_seed_or_part_gives_others(name, some_files):
+def test_a_seed_repeats_its_data_and_other_seeds_and_the_other_part_differ(name, some_files):
     first, again, other = [
         tasks.make_task(name, n_train=30, n_test=30, seq_len=16, vocab_size=8, path="book.txt",
                         seed=seed)
@@ -248,7 +250,7 @@ def test_a_seed_gives_the_same_data_and_another_seed_or_part_gives_others(name, 
 
 
 @pytest.mark.parametrize("name", tasks.TASKS)
-def test_half_of_either_part_is_of_either_class(name, some_files):
+def test_both_classes_are_equally_frequent_in_both_parts(name, some_files):
     _, y, _, y_test = tasks.make_task(name, n_train=30, n_test=20, seq_len=16, vocab_size=8,
                                       path="book.txt")
     assert (y.sum(), y_test.sum()) == (15, 10)
@@ -266,25 +268,25 @@ def windows_of(text, path):
     return windows
 
 
-def test_parts_are_cut_into_windows_and_a_test_window_that_is_not_new_is_left_out(tmp_path):
+def test_both_parts_are_cut_into_windows_without_test_windows_known_from_training(tmp_path):
     # The first window of the test part stands in the training part, too, across two windows.
     text = BOOK[:4010] + BOOK[7:27] + BOOK[4030:]
     symbols = tasks.text_symbols(text, 4010, 9).tolist()
-    # Left over are 10 letters of the training part, and 3 of the test part.
-    train = [symbols[i:i + 20] for i in range(0, 4010 - 19, 20)]
-    test = [symbols[i:i + 20] for i in range(4030, 5013 - 19, 20)]
+    # Both parts end in less than a window: letters 4000 to 4009, and 5010 to 5012.
+    train = [symbols[i:i + 20] for i in range(0, 4000, 20)]
+    test = [symbols[i:i + 20] for i in range(4030, 5010, 20)]
     assert windows_of(text, tmp_path / "book.txt") == [sorted(train), sorted(test)]
 
 
-def test_a_window_is_not_new_if_half_of_it_stands_in_a_row_in_the_training_part():
-    # Half of nine is four: four at the start, inside, at the end, and three at most.
+def test_a_window_is_known_if_half_of_it_stands_in_one_piece_in_the_training_part():
+    # Half of nine is four. The last window has no more than three in one piece.
     windows = ["abcd-----", "---bcde--", "-----efgh", "abc-d-fgh"]
     text = "abcdefgh" + "".join(windows)
     new = tasks.unseen_windows(text, cut=8, starts=[8, 17, 26, 35], seq_len=9)
     assert [text[i:i + 9] for i in new] == ["abc-d-fgh"]
 
 
-def test_a_part_needs_ten_windows(tmp_path):
+def test_the_test_part_of_a_text_needs_ten_windows(tmp_path):
     path = tmp_path / "book.txt"
     windows_of(BOOK[:5 * 200], path)    # ten windows of 20 in the last fifth
     with pytest.raises(ValueError, match="book.txt: 9 windows of 20 .* needs 10"):
@@ -297,10 +299,10 @@ def test_frequent_characters_of_the_training_part_are_symbols_and_the_others_sha
 
 
 def test_the_default_text_is_the_manual_of_python():
-    assert "the following" in tasks.read_text(None)
+    assert 'the "assert" statement' in tasks.read_text(None)
 
 
-def test_white_space_is_folded_letters_are_lower_case_and_a_byte_order_mark_goes(tmp_path):
+def test_text_is_read_in_lower_case_with_single_spaces_and_no_byte_order_mark(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("  One\n\n\tTWO  É\n", encoding="utf-8-sig")    # this writes the mark
     assert tasks.read_text(path) == "one two é"
@@ -338,11 +340,12 @@ def test_bytes_booleans_and_whole_floats_are_as_good_as_integers(kind, tmp_path)
 
 
 def test_large_numbers_stay_apart_though_the_pad_is_a_float(tmp_path):
-    # As floats, the first two would be one.
+    # As floats, 2**53 and 2**53 + 1 are the same number.
     tokens = np.uint64([[2**53, 2**53 + 1, 2], [2, 2, 7]])
     data = load(tmp_path, tokens=tokens, labels=[0, 1], test_tokens=tokens, test_labels=[0, 1],
                 pad=7.0)
     assert data.symbols == [2, 2**53, 2**53 + 1]
+    assert data.tokens.tolist() == [[1, 2, 0], [0, 0, 3]]
 
 
 def test_words_and_names_are_numbered_in_sorted_order_and_an_unseen_word_is_the_mask(tmp_path):
@@ -365,7 +368,7 @@ def test_labels_may_be_a_column(tmp_path):
 
 
 @pytest.mark.parametrize("pad", [7, [7], 7.0])
-def test_the_pad_is_the_mask_symbol_too_and_does_not_count_as_unseen(pad, tmp_path):
+def test_the_pad_becomes_the_mask_symbol_and_does_not_count_as_unseen(pad, tmp_path):
     data = load(tmp_path,
                 tokens=[[2, 3, 7], [5, 2, 2]],
                 labels=[0, 1],
@@ -380,18 +383,18 @@ def test_the_pad_is_the_mask_symbol_too_and_does_not_count_as_unseen(pad, tmp_pa
 
 def test_without_a_test_part_a_fifth_of_the_distinct_sequences_becomes_it(tmp_path):
     # The first sequence has 20 copies, and counts once like the others.
-    tokens = np.repeat(BITS, [20] + [3] * 31, axis=0)
+    tokens = np.repeat(BITS[:30], [20] + [3] * 29, axis=0)
     data = load(tmp_path, tokens=tokens, labels=tokens[:, 0])
     train = set(map(tuple, data.tokens.tolist()))
     test = set(map(tuple, data.test_tokens.tolist()))
-    assert (len(train), len(test)) == (26, 6)
+    assert (len(train), len(test)) == (24, 6)
     assert not train & test
     assert len(data.tokens) + len(data.test_tokens) == len(tokens)
     assert_array_equal(data.labels, data.tokens[:, 0])
     assert_array_equal(data.test_labels, data.test_tokens[:, 0])
 
 
-def test_that_fifth_is_random_with_the_seed_0_by_default(tmp_path):
+def test_the_seed_decides_which_fifth_and_is_0_by_default(tmp_path):
     by_default = load(tmp_path, tokens=BITS, labels=FIRST)    # this writes mine.npz
     zero = tasks.from_file(tmp_path / "mine.npz", seed=0)
     one = tasks.from_file(tmp_path / "mine.npz", seed=1)
@@ -399,7 +402,7 @@ def test_that_fifth_is_random_with_the_seed_0_by_default(tmp_path):
     assert by_default.test_tokens.tolist() != one.test_tokens.tolist()
 
 
-def test_the_random_fifth_leaves_a_sequence_of_every_class_with_its_copies():
+def test_every_class_keeps_a_training_sequence_with_all_its_copies():
     tokens = np.repeat(BITS[:10], 3, axis=0)    # ten sequences, three copies each
     labels = np.arange(30) // 6                 # five classes, two sequences each
     n_drawn = set()
@@ -415,7 +418,8 @@ def test_the_random_fifth_leaves_a_sequence_of_every_class_with_its_copies():
 @pytest.mark.parametrize("name, array, message", [
     ("tokens", BITS + 0.5, "tokens is float64 .*np.digitize"),
     ("tokens", BITS + np.inf, "tokens is float64 .*np.digitize"),
-    ("tokens", BITS + 2.0**54, "tokens is float64 .*np.digitize"),    # here neighbouring integers are one float
+    # Here neighbouring integers are one float.
+    ("tokens", BITS + 2.0**54, "tokens is float64 .*np.digitize"),
     ("tokens", FIRST, r"tokens is int64 \(32,\); needs \(n, T\)"),
     ("tokens", BITS[:, :2], "sequences of 3 tokens or more"),
     ("tokens", BITS[:0], r"\(0, 5\); needs \(n, T\)"),
@@ -452,23 +456,23 @@ def test_a_damaged_file_is_refused(tmp_path):
         tasks.from_file(path)
 
 
-def test_a_single_array_is_refused(tmp_path):
+def test_an_npy_file_is_refused(tmp_path):
     np.save(tmp_path / "mine.npy", BITS)
     with pytest.raises(ValueError, match="mine.npy: a single array.*np.savez"):
         tasks.from_file(tmp_path / "mine.npy")
 
 
 # --- Baselines ---------------------------------------------------------------------------------
-# Class 0 has two sequences, four 0 and no 1; class 1 has one sequence, a 0 and a 1.
-# Everything counts once more than it was seen. Beside each line is how likely the classes are.
-@pytest.mark.parametrize("x, label", [
-    ([0, 1], 0),    # 2/3 x 5/6 x 1/6 = 0.093 and 1/3 x 1/2 x 1/2 = 0.083
-    ([2, 1], 1),    # 2/3 x 1/6 = 0.111 and 1/3 x 1/2 = 0.167; 2 is new and says nothing
-    ([2, 2, 2], 0),    # 2/3 and 1/3
-])
-def test_counting_is_naive_bayes_with_one_count_more(x, label):
+@pytest.mark.parametrize("x, label", [([0, 1], 0), ([2, 1], 1), ([2, 2, 2], 0)])
+def test_counting_tokens_is_naive_bayes_with_every_count_one_larger(x, label):
     tokens = np.array([[0, 0], [0, 0], [0, 1]])
     labels = np.array([0, 0, 1])
+    # The symbol 2 is new and says nothing.
+    p_in_0 = {0: (4 + 1) / 6, 1: (0 + 1) / 6, 2: 1}
+    p_in_1 = {0: (1 + 1) / 4, 1: (1 + 1) / 4, 2: 1}
+    score_of_0 = 2 / 3 * math.prod(p_in_0[token] for token in x)
+    score_of_1 = 1 / 3 * math.prod(p_in_1[token] for token in x)
+    assert label == (score_of_1 > score_of_0)
     assert tasks.unigram_accuracy(tokens, labels, np.array([x]), np.array([label])) == 1
 
 
@@ -479,11 +483,11 @@ def test_counting_pairs_tells_a_sequence_from_its_reverse():
     assert tasks.bigram_accuracy(tokens, labels, tokens, labels) == 1
 
 
-def test_a_pair_with_a_new_symbol_is_not_mistaken_for_another():
+def test_a_pair_with_a_new_symbol_is_not_taken_for_a_known_pair():
     tokens = np.array([[0, 1], [0, 1], [1, 0]])
     labels = np.array([0, 0, 1])
-    # In base 2 the pair 0 2 would have the number 0 x 2 + 2, which is that of 1 0, of class 1. As
-    # a pair that is known in no class it leaves the more frequent class.
+    # If a pair had the number 2 x first + second, 0 2 would be taken for 1 0, which is of class 1.
+    # But it is a new pair and says nothing, so the guess is the more frequent class, 0.
     assert tasks.bigram_accuracy(tokens, labels, np.array([[0, 2]]), np.array([0])) == 1
 
 
@@ -493,8 +497,8 @@ def test_counting_tells_three_classes_apart():
     assert tasks.unigram_accuracy(tokens, labels, tokens, labels) == 1
 
 
-def test_counting_pairs_needs_no_table_of_all_pairs():
-    tokens = np.array([[0, 10**6], [10**6, 0]])    # a table would have 10**12 entries
+def test_counting_pairs_of_a_million_symbols_fits_into_memory():
+    tokens = np.array([[0, 10**6], [10**6, 0]])    # a table of all pairs would have 10**12 entries
     labels = np.array([0, 1])
     assert tasks.bigram_accuracy(tokens, labels, tokens, labels) == 1
 
@@ -510,15 +514,15 @@ def test_unigram_entropy_leaves_out_the_mask_symbol_and_symbols_that_do_not_occu
 
 # --- Positions ---------------------------------------------------------------------------------
 def test_sinusoidal_positions_follow_their_formula():
-    wavelengths = 10000 ** (torch.tensor([0, 2]) / 4)
-    angles = torch.arange(7)[:, None] / wavelengths
+    frequency = 10000.0 ** (-torch.arange(0, 4, 2) / 4)
+    angles = torch.arange(7)[:, None] * frequency
     pairs = torch.stack([angles.sin(), angles.cos()], dim=2)
     assert_close(spt.sinusoidal_positions(7, 4), pairs.flatten(1))
 
 
-def test_rotary_positions_turn_complex_numbers():
+def test_rotary_positions_turn_pairs_as_complex_numbers_by_their_formula():
     x = torch.randn(12, 8)
-    frequency = 10000.0 ** (-torch.arange(4) / 4)
+    frequency = 10000.0 ** (-torch.arange(0, 8, 2) / 8)
     turns = torch.exp(1j * torch.arange(12)[:, None] * frequency)
     turned = torch.view_as_complex(x.view(12, 4, 2)) * turns
     assert_close(spt.rotate(x), torch.view_as_real(turned).flatten(1))
@@ -532,7 +536,7 @@ def bfloat16_is_the_default():
 
 
 def test_positions_keep_their_precision_where_the_default_is_bfloat16(bfloat16_is_the_default):
-    ones = torch.ones(64, 2, dtype=torch.float32)
+    ones = torch.ones(64, 32, dtype=torch.float32)
     under_bfloat16 = [spt.sinusoidal_positions(64, 32), spt.rotate(ones)]
     torch.set_default_dtype(torch.float32)
     as_ever = [spt.sinusoidal_positions(64, 32), spt.rotate(ones)]
@@ -553,7 +557,7 @@ def test_shuffled_positions_are_the_sinusoidal_rows_in_another_order():
 
 # Every machine has the device "meta". What is made there by default cannot be used elsewhere.
 @pytest.mark.parametrize("function", [spt.rotate, spt.by_offset])
-def test_rotations_and_offsets_are_computed_where_their_input_is(function):
+def test_rotate_and_by_offset_work_on_the_device_of_their_input(function):
     x = torch.randn(4, 4)
     with torch.device("meta"):
         found = function(x)
@@ -591,23 +595,40 @@ def test_the_model_is_a_pre_norm_encoder_with_a_last_norm_and_two_output_layers(
     assert_close(model.classify(TOKENS), model.class_head(x.mean(dim=1)))
 
 
-@pytest.mark.parametrize("positions, of_positions", [("rotary", 0), ("learned", 11 * 24)])
-def test_the_arguments_of_the_model_decide_its_layers(positions, of_positions):
-    model = spt.Transformer(vocab_size=7, seq_len=11, n_classes=3, positions=positions, n_layers=4,
+def test_the_arguments_of_the_model_decide_the_sizes_of_its_layers():
+    model = spt.Transformer(vocab_size=7, seq_len=11, n_classes=3, positions="learned", n_layers=4,
                             d_model=24, n_heads=3, d_ff=20)
+    assert model.token_embedding.weight.shape == (7 + 1, 24)    # seven symbols and the mask
+    assert model.positions.shape == (11, 24)
+    assert len(model.blocks) == 4
     for block in model.blocks:
         assert block.attention.n_heads == 3
-        assert block.attention.rotary == (positions == "rotary")
-    embeddings = (7 + 1) * 24 + of_positions
-    of_block = 4 * 24 * 24 + 2 * 24 * 20 + 2 * (24 + 24)    # attention, MLP and two norms
-    norm = 24 + 24
-    heads = (24 + 1) * 7 + (24 + 1) * 3
-    n_weights = sum(weight.numel() for weight in model.parameters())
-    assert n_weights == embeddings + 4 * of_block + norm + heads
+        assert block.attention.query.weight.shape == (24, 24)
+        assert block.mlp[0].weight.shape == (20, 24)
+    assert model.reconstruction_head.weight.shape == (7, 24)
+    assert model.class_head.weight.shape == (3, 24)
+
+
+def test_the_trained_weights_of_a_model_are_these():
+    model = small_model(positions="learned")
+    in_the_block = """norm1.weight norm1.bias norm2.weight norm2.bias attention.query.weight
+        attention.key.weight attention.value.weight attention.out.weight mlp.0.weight mlp.2.weight
+        """.split()
+    outside = """token_embedding.weight positions norm.weight norm.bias
+        reconstruction_head.weight reconstruction_head.bias class_head.weight class_head.bias
+        """.split()
+    names = {name for name, _ in model.named_parameters()}
+    assert names == {*outside, *("blocks.0." + name for name in in_the_block)}
 
 
 @pytest.mark.parametrize("positions", spt.POSITIONS)
-def test_only_without_positions_a_sequence_and_its_reverse_look_alike(positions):
+def test_attention_is_rotary_in_every_block_if_positions_are(positions):
+    for block in small_model(positions=positions, n_layers=2).blocks:
+        assert block.attention.rotary == (positions == "rotary")
+
+
+@pytest.mark.parametrize("positions", spt.POSITIONS)
+def test_a_sequence_and_its_reverse_get_the_same_logits_only_without_positions(positions):
     model = small_model(positions=positions).double()
     difference = model.classify(TOKENS) - model.classify(TOKENS.flip(1))
     assert (difference.abs().max() < 1e-12) == (positions == "none")
@@ -626,9 +647,8 @@ def test_each_token_but_the_mask_symbol_is_masked_where_its_draw_is_below_the_ra
 def test_masks_are_drawn_on_the_cpu_and_then_moved_to_where_the_tokens_are(monkeypatch):
     rand = Mock(wraps=torch.rand)
     monkeypatch.setattr(torch, "rand", rand)
-    # Every machine has the device "meta", but there is no value on it. So the check of the tokens,
-    # `if (tokens > mask_id).any()`, is told that none is.
-    monkeypatch.setattr(torch.Tensor, "__bool__", lambda tensor: False)
+    # A tensor on the device "meta" has no values, so the check for too large tokens is skipped.
+    monkeypatch.setattr(torch.Tensor, "any", lambda tensor: False)
     _, is_masked = spt.mask_tokens(TOKENS.to("meta"), 5, 0.3)
     assert rand.call_args.kwargs["device"] == "cpu"
     assert is_masked.is_meta
@@ -643,7 +663,8 @@ def test_batches_are_drawn_on_the_cpu(monkeypatch):
 
 def test_where_nothing_is_masked_the_loss_is_0_and_so_is_its_gradient():
     model = small_model()
-    loss = spt.masked_loss(model, TOKENS, TOKENS, TOKENS == 5)
+    nothing_masked = torch.zeros_like(TOKENS, dtype=torch.bool)
+    loss = spt.masked_loss(model, TOKENS, corrupted=TOKENS, is_masked=nothing_masked)
     loss.backward()
     assert loss.item() == 0
     assert model.norm.weight.grad.abs().max() == 0
@@ -651,11 +672,13 @@ def test_where_nothing_is_masked_the_loss_is_0_and_so_is_its_gradient():
 
 # --- The training loop -------------------------------------------------------------------------
 def test_the_rate_warms_up_and_then_follows_a_cosine_to_a_tenth():
-    # After 4 of 40 steps it is at its peak. Half-way from there to the end the cosine is 0.
-    rates = [spt.learning_rate(step, 40, 0.01) for step in (0, 1, 3, 21, 39)]
-    assert rates == pytest.approx([0.0025, 0.005, 0.01, (0.01 + 0.001) / 2, 0.001])
-    # A third of the way it has turned by 60 degrees, where it is 0.5.
-    assert spt.learning_rate(15, 40, 0.01) == pytest.approx(0.001 + 0.009 * (1 + 0.5) / 2)
+    def share_of_peak_after(n_steps):
+        return spt.learning_rate(n_steps - 1, 40, peak=0.01) / 0.01
+
+    assert [share_of_peak_after(n) for n in (1, 2, 4)] == pytest.approx([0.25, 0.5, 1])
+    # In the other 36 steps an angle turns by 180 degrees, so by 60 in each 12 of them.
+    for n_steps, cosine in [(4, 1), (16, 0.5), (28, -0.5), (40, -1)]:
+        assert share_of_peak_after(n_steps) == pytest.approx(0.1 + 0.9 * (1 + cosine) / 2)
 
 
 def masked_loss_by_hand(model, batch, labels, generator):
@@ -672,7 +695,7 @@ def label_loss_by_hand(model, batch, labels, generator):
     (functools.partial(spt.pretrain, mask_id=5, mask_ratio=0.4), masked_loss_by_hand),
     (functools.partial(spt.finetune, labels=LABELS), label_loss_by_hand),
 ])
-def test_a_phase_equals_a_plain_loop_of_adamw_with_on_step_after_every_update(phase, loss_by_hand):
+def test_a_phase_equals_a_plain_adamw_loop_that_calls_on_step_after_each_step(phase, loss_by_hand):
     model = small_model()
     by_hand = copy.deepcopy(model)
     seen = []
@@ -695,9 +718,9 @@ def test_a_phase_equals_a_plain_loop_of_adamw_with_on_step_after_every_update(ph
     assert_same_weights(model, by_hand)
 
 
-# Dropout acts in training mode alone.
+# The model here has no dropout, but the method takes any encoder, and another may have it.
 def test_training_is_in_training_mode_and_accuracy_in_evaluation_mode():
-    model = small_model().eval()
+    model = small_model().eval()    # so that training has to switch the mode itself
     modes = []
     model.register_forward_pre_hook(lambda module, inputs: modes.append(module.training))
 
@@ -708,46 +731,49 @@ def test_training_is_in_training_mode_and_accuracy_in_evaluation_mode():
     assert modes == [True, False, True, False]
 
 
-def test_accuracy_leaves_a_model_in_evaluation_mode():
-    model = small_model().eval()
+@pytest.mark.parametrize("was_training", [True, False])
+def test_accuracy_restores_the_mode_of_the_model(was_training):
+    model = small_model().train(was_training)
     spt.accuracy(model, TOKENS, LABELS)
-    assert not model.training
+    assert model.training == was_training
 
 
-def test_accuracy_counts_the_last_and_smaller_batch_too():
+def test_accuracy_counts_every_sequence_alike_also_in_a_smaller_last_batch():
     labels = MODEL.classify(TOKENS).argmax(dim=-1)
-    labels[0] = 1 - labels[0]    # wrong, in a batch of 31; the last one is right, and alone
+    labels[0] = 1 - labels[0]    # wrong
+    # The batches have 31 and 1 sequences, so the mean of their two accuracies is another number.
     assert spt.accuracy(MODEL, TOKENS, labels, batch_size=31) == 31 / 32
 
 
 # --- Where attention starts and looks ----------------------------------------------------------
 @pytest.mark.parametrize("start", ["random", "near", "uniform"])
-def test_a_start_sets_query_and_key_of_every_block_and_nothing_else(start):
+def test_a_start_changes_at_most_query_and_key_and_does_so_in_every_block(start):
     model = small_model(n_layers=2)
     expected = copy.deepcopy(model)
     for block in expected.blocks:
         if start == "near":
             block.attention.query.weight.data *= 3
-            block.attention.key = block.attention.query
+            block.attention.key = copy.deepcopy(block.attention.query)
         elif start == "uniform":
             block.attention.query.weight.data *= 0
     spt.start_attention(model, start)
     assert_same_weights(model, expected)
 
 
-# With "qk" the positions are a buffer here, with "rest" they are trained.
-@pytest.mark.parametrize("which, positions, copied", [
-    ("qk", "shuffled", "query key positions"),
-    ("rest", "learned", "positions token_embedding norm norm1 norm2 value out mlp "
-                        "reconstruction_head"),
+@pytest.mark.parametrize("positions", ["shuffled", "learned"])    # a buffer, and a weight
+@pytest.mark.parametrize("which, copied", [
+    ("qk", ["positions", "query", "key"]),
+    ("rest", ["positions", "token_embedding", "norm", "norm1", "norm2", "value", "out", "mlp",
+              "reconstruction_head"]),
 ])
-def test_a_transfer_copies_these_parts_and_no_others(which, positions, copied):
+def test_a_transfer_copies_these_parts_and_no_others(which, copied, positions):
     source = small_model(positions=positions, n_layers=2)
     target = small_model(positions=positions, n_layers=2)
     expected = copy.deepcopy(target)
-    for name, weight in expected.state_dict().items():
-        if set(copied.split()) & set(name.split(".")):
-            weight.copy_(source.state_dict()[name])
+    weights = expected.state_dict()
+    for name in weights:    # such as blocks.0.mlp.2.weight
+        if any(part in copied for part in name.split(".")):
+            weights[name].copy_(source.state_dict()[name])    # in place, so `expected` has it
     spt.transfer(source, target, which)
     assert_same_weights(target, expected)
 
@@ -756,16 +782,17 @@ def test_attention_by_offset_is_the_mean_over_sequences_and_positions_of_each_la
     model = small_model(n_layers=2)
     x = model.embed(TOKENS)
     for block, found in zip(model.blocks, spt.attention_by_offset(model, TOKENS), strict=True):
-        weights = block.attention.weights(block.norm1(x))    # (B, H, T, T)
+        weights = block.attention.weights(block.norm1(x)).mean(dim=0)    # (H, T, T)
         # Of each query i: the attention at offsets 0, 1, ... is that at keys i, i + 1, ...
-        by_query = [weights[:, :, i].roll(-i, dims=2) for i in range(9)]
-        assert_close(found, torch.stack(by_query).mean(dim=(0, 1)))
+        by_query = [weights[:, i].roll(-i, dims=1) for i in range(9)]    # (H, T) each
+        assert_close(found, sum(by_query) / 9)
         x = block(x)
 
 
-def test_on_neighbours_is_both_sides_of_the_head_that_has_most():
+def test_on_neighbours_adds_both_sides_and_takes_the_head_with_the_largest_sum():
+    # The columns are offsets 0, +1, +2, -2, -1. The second head has the largest single side.
     heads = torch.tensor([[0, 0.5, 0, 0, 0.25], [0, 0.6, 0, 0, 0]])
-    assert spt.on_neighbours(heads[None]) == 0.75
+    assert spt.on_neighbours(heads[None]) == 0.5 + 0.25
 
 
 # --- What the method refuses -------------------------------------------------------------------
@@ -798,10 +825,14 @@ def test_these_are_the_defaults():
         mask_ratio=0.3)
 
 
-def test_a_task_has_its_recipe_and_changes_overrule_it():
+def test_a_text_file_makes_text_the_task_and_brings_its_recipe():
     assert spt.recipe(text="a.txt") == spt.Config(
         task="text", n_train=10_000, vocab_size=41, pretrain_steps=800, finetune_steps=600,
         text="a.txt")
+
+
+def test_changes_overrule_the_recipe_of_a_task():
+    assert spt.recipe(task="texture") == spt.Config(task="texture", signal=0.6)
     assert spt.recipe(task="texture", signal=0.4) == spt.Config(task="texture", signal=0.4)
 
 
@@ -811,8 +842,11 @@ SETTINGS = dict(
     batch_size=7, pretrain_lr=0.02, lr=0.03, mask_ratio=0.4)
 
 
-def test_no_setting_in_sizes_or_settings_is_the_default():
-    assert not (SIZES.items() | SETTINGS.items()) & asdict(spt.Config()).items()
+@pytest.mark.parametrize("settings", [SIZES, SETTINGS])
+def test_no_value_in_sizes_or_settings_is_the_default(settings):
+    defaults = asdict(spt.Config())
+    for name, value in settings.items():
+        assert value != defaults[name], name
 
 
 def start_by_hand(config, seed):
@@ -832,9 +866,11 @@ def run_by_hand(config):
     parts = tasks.make_task(
         "proximity", n_train=config.n_train, n_test=config.n_test, seq_len=config.seq_len,
         vocab_size=config.vocab_size, signal=config.signal, seed=config.seed)
+    _, _, test_tokens, test_labels = parts
     x, y, x_test, y_test = map(torch.from_numpy, parts)
     training = dict(batch_size=config.batch_size, seed=config.seed)
     model = start_by_hand(config, config.seed)
+    # The test sequences are few and short enough for attention to be measured on all of them.
     attention = {"at init": spt.attention_by_offset(model, x_test)}
     if config.spt:
         arm = "SPT"
@@ -849,6 +885,7 @@ def run_by_hand(config):
         label_steps = config.pretrain_steps + config.finetune_steps
     if config.transfer != "all":
         pretrained = model
+        # With the old seed, what is not copied would be the start of the pretrained model.
         model = start_by_hand(config, config.seed + 10**6)
         spt.transfer(pretrained, model, config.transfer)
     spt.finetune(model, x, y, steps=label_steps, lr=config.lr, **training)
@@ -858,14 +895,15 @@ def run_by_hand(config):
         train=spt.accuracy(model, x, y), test=spt.accuracy(model, x_test, y_test),
         test_masked_loss=masked_loss, on_neighbours=spt.on_neighbours(attention["after labels"]),
         attention={stage: layers.tolist() for stage, layers in attention.items()},
-        chance=tasks.chance(parts[3]), unigram_accuracy=tasks.unigram_accuracy(*parts),
+        chance=tasks.chance(test_labels), unigram_accuracy=tasks.unigram_accuracy(*parts),
         bigram_accuracy=tasks.bigram_accuracy(*parts),
-        best_possible=tasks.best_possible_accuracy("proximity", *parts[2:], config.vocab_size),
+        best_possible=tasks.best_possible_accuracy("proximity", test_tokens, test_labels,
+                                                   config.vocab_size),
         unigram_entropy=tasks.unigram_entropy(parts[0], config.vocab_size), config=asdict(config))
     return result, model
 
 
-@pytest.mark.parametrize("arm", [
+@pytest.mark.parametrize("changes", [
     dict(),
     dict(spt=True),
     dict(spt=True, transfer="qk"),
@@ -873,8 +911,8 @@ def run_by_hand(config):
     dict(spt=True, transfer="rest", freeze_qk=True),    # two models, both are frozen
     dict(freeze_qk=True),
 ], ids=str)
-def test_a_run_in_any_arm_equals_one_written_by_hand(arm):
-    config = spt.Config(**SETTINGS, **arm)
+def test_a_run_equals_one_written_by_hand(changes):
+    config = spt.Config(**SETTINGS, **changes)
     result, model = spt.run(config)
     expected, by_hand = run_by_hand(config)
     assert_same_weights(model, by_hand)
@@ -894,14 +932,14 @@ def test_the_masked_loss_on_test_is_the_mean_over_all_masked_tokens_of_all_batch
     (dict(task="texture", signal=0.7), dict(name="texture", signal=0.7)),
     (dict(text="book.txt"), dict(name="text", path="book.txt")),
 ])
-def test_task_and_text_decide_the_sequences(changes, arguments, some_files):
-    sizes = dict(n_train=40, n_test=30, seq_len=16, vocab_size=8, seed=5)
-    _, data = spt.read_data(spt.recipe(**changes, **sizes))
-    _, _, x_test, _ = tasks.make_task(**arguments, **sizes)
-    assert_array_equal(data.test_tokens, x_test)
+def test_read_data_uses_the_task_its_signal_and_its_text_file(changes, arguments, some_files):
+    common = dict(n_train=40, n_test=30, seq_len=16, vocab_size=8, seed=5)
+    _, data = spt.read_data(spt.recipe(**changes, **common))
+    for part, expected in zip(data[:4], tasks.make_task(**arguments, **common), strict=True):
+        assert_array_equal(part, expected)
 
 
-def test_a_run_asks_for_its_data_on_its_device(monkeypatch):
+def test_run_passes_its_device_to_tensors_of(monkeypatch):
     monkeypatch.setattr(spt, "tensors_of", Mock(side_effect=EnoughSeen))
     with pytest.raises(EnoughSeen):
         spt.run(replace(SMALL, device="cuda"))
@@ -918,15 +956,18 @@ def test_data_and_a_new_model_are_put_on_the_device(monkeypatch):
     assert {tensor.device.type for tensor in [*tensors, *weights]} == {"meta"}
 
 
-@pytest.mark.parametrize("seq_len, n_measured", [(100, 26), (600, 1)])
-def test_attention_is_measured_on_as_many_test_sequences_as_memory_allows_but_on_one_at_least(
+@pytest.mark.parametrize("seq_len, n_measured", [
+    (100, 26),    # 26 x 100 x 100 weights are 260,000, and the limit is 2**18 = 262,144
+    (600, 1),     # 600 x 600 weights are 360,000, above the limit
+])
+def test_attention_is_measured_on_fewer_sequences_if_they_are_long_but_on_at_least_one(
         seq_len, n_measured, monkeypatch):
     measure = Mock(return_value=torch.zeros(1, 2, seq_len))
     monkeypatch.setattr(spt, "attention_by_offset", measure)
     spt.run(replace(SMALL, spt=True, seq_len=seq_len, pretrain_steps=1, finetune_steps=1,
                     batch_size=1))
-    # 26 sequences of 100 x 100 attention weights are as many as fit into 2**18.
-    assert [len(each.args[1]) for each in measure.call_args_list] == [n_measured] * 3
+    stages = ["at init", "pretrained", "after labels"]
+    assert [len(each.args[1]) for each in measure.call_args_list] == [n_measured] * len(stages)
 
 
 @pytest.fixture
@@ -944,7 +985,7 @@ def test_a_single_run_shows_a_bar_for_each_phase_in_terminals(bars):
                                    call(range(SMALL.finetune_steps), disable=None)]
 
 
-def test_a_run_in_a_worker_shows_no_bar(bars):
+def test_result_of_shows_no_bar(bars):
     spt.result_of(replace(SMALL, spt=True))
     bars.assert_not_called()
 
@@ -981,13 +1022,15 @@ def test_the_lines_of_a_run_in_the_docstring_stand_in_readme_too():
     assert "".join(lines) in readme()
 
 
-def test_endtoend_masks_make_attention_look_near(first_command):
+def test_endtoend_after_pretraining_heads_look_at_their_own_position_and_its_neighbours(
+        first_command):
     _, result = first_command
     uniform = 1 / 64
+    uniform_on_both = 2 * uniform
     assert np.max(result["attention"]["at init"]) < 2 * uniform
     pretrained = torch.tensor(result["attention"]["pretrained"])
     assert pretrained.argmax(dim=-1).tolist() == [[0, 0]]    # of either head: most at offset 0
-    assert spt.on_neighbours(pretrained) > 5 * 2 * uniform   # on both neighbours
+    assert spt.on_neighbours(pretrained) > 5 * uniform_on_both
 
 
 RUNS = {
@@ -998,7 +1041,7 @@ RUNS = {
 
 
 @pytest.fixture(scope="module")
-def ended():
+def results_of_runs():
     """The result of each of RUNS, from two workers, whatever the cores of this machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(spt, "cores", lambda: 2)
@@ -1006,22 +1049,23 @@ def ended():
             return dict(zip(RUNS, results))
 
 
-@pytest.mark.parametrize("name, stated", [
-    ("labels", r"--task proximity --lr 0.01 +labels alone: (\S+)\n"),
-    ("near start", r"--task proximity --lr 0.01 --start near .*: (\S+)\n"),
+@pytest.mark.parametrize("name, flags", [
+    ("labels", "--lr 0.01"),
+    ("near start", "--lr 0.01 --start near"),
 ])
-def test_endtoend_labels_end_where_the_docstring_says(name, stated, ended):
-    number = float(re.search(stated, spt.__doc__)[1])
+def test_endtoend_accuracies_of_labels_are_those_in_the_docstring(name, flags, results_of_runs):
+    line, = [line for line in spt.__doc__.splitlines() if f"--task proximity {flags}  " in line]
+    number = float(line.split()[-1])
     # Other processors round differently.
-    assert ended[name]["test"] == pytest.approx(number, abs=0.03)
+    assert results_of_runs[name]["test"] == pytest.approx(number, abs=0.03)
 
 
-def test_endtoend_labels_alone_hardly_fit_the_training_part(ended):
-    assert ended["labels"]["train"] < 0.6
+def test_endtoend_labels_alone_hardly_fit_the_training_part(results_of_runs):
+    assert results_of_runs["labels"]["train"] < 0.6
 
 
-def test_endtoend_a_worker_gives_the_same_bits_as_this_process(ended):
-    assert ended["small"] == spt.result_of(RUNS["small"])
+def test_endtoend_a_worker_process_gives_exactly_the_result_of_this_process(results_of_runs):
+    assert results_of_runs["small"] == spt.result_of(RUNS["small"])
 
 
 # --- The comparison ----------------------------------------------------------------------------
@@ -1035,7 +1079,9 @@ def made_up(config):
 
 # In this process, so that a test can replace what is run.
 COMPARE = ["--compare", *QUICK, "--jobs", "1", "--json", "r.json"]
-# The seeds are 4 and 5. At rate 0.002 they have 0.06 and 0.07.
+# The seeds are 4 and 5. At rate 0.002 their test accuracies are 0.06 and 0.07, so their standard
+# deviation is 0.01 / √2. The weights are 192 of tokens, 4,096 of attention, 4,096 of the MLP, 192
+# of norms, and 165 and 66 of the output layers.
 COMPARISON = """\
 proximity: 64 training sequences of 9 tokens, 5 symbols, 8,807 weights
 chance 0.500, counting tokens 0.125, counting pairs 0.375, best possible 0.250
@@ -1082,7 +1128,7 @@ def test_a_comparison_has_three_kinds_of_label_rows_at_three_rates_and_one_row_o
     assert list(spt.rows_of_comparison(config, 1).values()) == expected
 
 
-def test_a_comparison_of_rotary_models_has_no_further_rotary_rows():
+def test_a_comparison_of_rotary_models_leaves_out_the_rows_named_rotary():
     names = [*spt.rows_of_comparison(SMALL, 1)]
     of_rotary_models = [*spt.rows_of_comparison(replace(SMALL, positions="rotary"), 1)]
     assert of_rotary_models == [name for name in names if "rotary" not in name]
@@ -1107,13 +1153,15 @@ PLATEAU = (
     "tell nothing about each other. Try more --pretrain-steps, or --spt --start near.")
 
 
+# 98 % of the unigram entropy, 1.6, are 1.568. A loss is None where no token was masked.
 @pytest.mark.parametrize("loss, shown, is_stuck", [
-    (0.9799 * 1.6, "1.568", False),
-    (0.9801 * 1.6, "1.568", True),
+    (1.567, "1.567", False),
+    (1.569, "1.569", True),
+    (1.7, "1.700", True),
     (math.nan, "nan", True),
     (None, "unknown", False),
 ])
-def test_a_seed_whose_masked_loss_is_within_2_percent_of_the_entropy_is_named(
+def test_a_seed_whose_masked_loss_is_not_2_percent_below_the_entropy_is_named(
         loss, shown, is_stuck, capsys):
     expected = f"masked loss on test, by seed: 1.200, {shown} (unigram entropy 1.600)"
     if is_stuck:
@@ -1132,29 +1180,30 @@ def test_advice_on_many_seeds_has_at_most_80_columns(capsys):
     (0.689, []),
     (0.691, ["Counting pairs of neighbours (0.691) does as well as the best row."]),
 ])
-def test_it_is_said_where_counting_pairs_is_within_a_hundredth_of_the_best_row(
+def test_counting_pairs_is_mentioned_if_it_is_within_a_hundredth_of_the_best_row(
         pairs, said, capsys):
     _, *advice = advice_on([1.2, 1.2], pairs, capsys)    # the first line has the masked losses
     assert advice == said
 
 
-def test_rows_and_results_are_there_before_the_next_run_begins(new_folder, monkeypatch):
+def test_each_row_is_shown_and_each_result_written_before_the_next_run_begins(
+        new_folder, monkeypatch):
     terminal = put_into_terminal(monkeypatch)
-    there = []
+    before_each_run = []
 
     def run(config):
-        _, rows = terminal.shown.split(spt.HEADER)    # the header is there before the first run
-        there.append((len(rows.strip().splitlines()), len(records())))    # `check` made the file
+        _, rows = terminal.shown.split(spt.HEADER + "\n")
+        # r.json is there before the first run, because `check` opens it for appending.
+        before_each_run.append((len(rows.splitlines()), len(records())))
         return made_up(config)
 
     monkeypatch.setattr(spt, "result_of", run)
     spt.main([*COMPARE, "--seeds", "2"])
-    n_runs = 10 * 2    # rows and seeds
-    # Before each run: how many rows are shown, and how many lines of JSON are written.
-    assert there == [(n_done // 2, n_done) for n_done in range(n_runs)]
+    # There are 10 rows of 2 runs. A row is shown once both are done, a result is written at once.
+    assert before_each_run == [(n_done // 2, n_done) for n_done in range(20)]
 
 
-def test_json_that_cannot_be_written_costs_no_row(new_folder, monkeypatch):
+def test_if_json_cannot_be_written_all_rows_come_first_and_then_the_error(new_folder, monkeypatch):
     monkeypatch.setattr(spt, "result_of", made_up)
     done = []
     with pytest.raises(OSError, match="--json none/r.json: No such file or directory"):
@@ -1174,27 +1223,27 @@ def executor(monkeypatch):
     """In the place of ProcessPoolExecutor. It starts no process."""
     executor = Mock()
     monkeypatch.setattr(spt, "ProcessPoolExecutor", executor)
-    monkeypatch.setattr(spt, "cores", lambda: 4)
+    monkeypatch.setattr(spt, "cores", lambda: 9)
     return executor
 
 
-@pytest.mark.parametrize("jobs, n_configs, workers", [(3, 5, 3), (9, 2, 2), (9, 5, 4)])
-def test_workers_are_spawned_as_many_as_jobs_and_configs_and_cores_allow(
-        jobs, n_configs, workers, executor):
+@pytest.mark.parametrize("jobs, n_configs, cores", [(2, 9, 9), (9, 2, 9), (9, 9, 2)])
+def test_workers_are_spawned_as_many_as_the_fewest_of_jobs_configs_and_cores(
+        jobs, n_configs, cores, executor, monkeypatch):
+    monkeypatch.setattr(spt, "cores", lambda: cores)
     with spt.side_by_side(abs, [-1] * n_configs, jobs):
-        found, context, _ = executor.call_args.args
-    assert found == workers
+        n_workers, context, _ = executor.call_args.args
+    assert n_workers == 2
     assert context.get_start_method() == "spawn"    # after a fork, CUDA does not work
 
 
 def test_a_comparison_runs_in_as_many_jobs_as_asked(monkeypatch):
     asked = without_workers(monkeypatch, made_up)
-    spt.compare(SMALL, 1, 7, None)
-    configs = [config for config, in spt.rows_of_comparison(SMALL, 1).values()]
-    assert asked == [(spt.result_of, configs, 7)]
+    spt.compare(SMALL, seeds=1, jobs=7, json_path=None)
+    assert [jobs for _, _, jobs in asked] == [7]
 
 
-def test_workers_are_ended_and_other_processes_of_the_caller_are_not(executor, monkeypatch):
+def test_side_by_side_ends_its_own_workers_and_no_other_process(executor, monkeypatch):
     other = Mock()
     worker = Mock()
     before = [other]
@@ -1206,9 +1255,12 @@ def test_workers_are_ended_and_other_processes_of_the_caller_are_not(executor, m
     other.terminate.assert_not_called()
 
 
-def test_endtoend_a_worker_that_dies_is_an_error_and_no_other_is_left(monkeypatch):
+def test_endtoend_the_death_of_a_worker_is_an_error_and_ends_the_others(monkeypatch):
     monkeypatch.setattr(spt, "cores", lambda: 2)
-    with pytest.raises(BrokenProcessPool), spt.side_by_side(os._exit, [3, 3, 3], 2) as results:
+    sleep = "import time; time.sleep(99)"
+    # Three jobs, because an executor may not watch a worker that was started for its last job.
+    jobs = ["import os; os._exit(3)", sleep, sleep]
+    with pytest.raises(BrokenProcessPool), spt.side_by_side(exec, jobs, 2) as results:
         list(results)
     assert active_children() == []
 
@@ -1219,8 +1271,8 @@ SLEEPERS = """\
 import signal, sys, time, torch, spt
 
 def sleep(seconds):
-    ignores_ctrl_c = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-    print(torch.get_num_threads(), "thread", ignores_ctrl_c, flush=True)
+    ignores = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    print(f"threads {torch.get_num_threads()}, ignores Ctrl-C {ignores}", flush=True)
     time.sleep(seconds)
 
 def command():
@@ -1260,11 +1312,12 @@ def sleepers():
     """The process of SLEEPERS, once both workers sleep."""
     Path("sleepers.py").write_text(SLEEPERS)
     process = launch("sleepers.py")
-    assert process.stdout.readline() == process.stdout.readline() == "1 thread True\n"
+    for _ in range(2):
+        assert process.stdout.readline() == "threads 1, ignores Ctrl-C True\n"
     return process
 
 
-def test_endtoend_ctrl_c_is_ignored_by_workers_and_ends_all_with_one_line(new_folder):
+def test_endtoend_ctrl_c_ends_the_command_and_its_workers_with_one_line(new_folder):
     process = sleepers()
     os.killpg(process.pid, signal.SIGINT)    # a terminal sends it to all of them
     assert end_of(process) == (130, "interrupted\n")
@@ -1322,7 +1375,7 @@ REFUSED = """\
 --text latin.txt                 text latin.txt: not UTF-8 text
 --data none.npz                  [Errno 2] No such file or directory: 'none.npz'
 --json none/r.json               --json none/r.json: No such file or directory
---json new.json --n-heads 3      d_model 32: must be a multiple of 2 x n_heads 3
+--json unmade.json --n-heads 3   d_model 32: must be a multiple of 2 x n_heads 3
 --compare --json folder          --json folder: Is a directory
 --save folder                    --save folder: Is a directory
 --text book.txt --save book.txt  book.txt: is the file of two flags, and one would overwrite it
@@ -1351,8 +1404,8 @@ REFUSED = """\
 
 
 @pytest.mark.parametrize("line", REFUSED.splitlines())
-def test_what_cannot_be_used_is_refused_in_one_line(line, error_of):
-    flags, message = re.split("  +", line)
+def test_bad_input_is_refused_in_one_line(line, error_of):
+    flags, message = re.split(" {2,}", line)
     assert error_of(flags) == message
 
 
@@ -1377,20 +1430,23 @@ GO_TOGETHER = [
 
 
 @pytest.mark.parametrize("flags", AT_A_LIMIT + GO_TOGETHER)
-def test_values_at_a_limit_and_flags_that_go_together_are_taken(flags, some_files, monkeypatch):
+def test_limits_and_flags_that_go_together_are_accepted(flags, some_files, monkeypatch):
     kept = keep_what_is_run(monkeypatch)
     assert status_of(flags) == 0
-    config = asdict(kept.call_args.args[0])
+    config = kept.call_args.args[0]
+    value_of = {spt.flag_of(name): str(value) for name, value in asdict(config).items()}
     *_, flag, value = flags.split()    # the last flag is the one of interest
-    assert str(config[flag[2:].replace("-", "_")]) == value
+    assert value_of[flag] == value
 
 
-def test_the_flags_of_a_config_arrive_in_it(monkeypatch):
+def test_flags_become_the_config_of_the_run(monkeypatch):
     monkeypatch.setattr(spt, "check", Mock())    # there may be no GPU
     kept = keep_what_is_run(monkeypatch)
     settings = dict(SETTINGS, spt=True, freeze_qk=True, transfer="qk", device="cuda")
     spt.main(flags_of(settings))
     kept.assert_called_once_with(spt.Config(**settings), None, None)    # no --json, no --save
+    # The test above passes these three, which cannot go with all others.
+    assert asdict(spt.Config()).keys() - settings.keys() == {"task", "text", "data"}
 
 
 @pytest.mark.parametrize("flags, config, arguments", [
@@ -1400,7 +1456,7 @@ def test_the_flags_of_a_config_arrive_in_it(monkeypatch):
     ("--compare", spt.Config(), [3, 5, None]),
     ("--compare --device cuda", spt.Config(device="cuda"), [3, 1, None]),
 ])
-def test_the_other_flags_and_their_defaults_arrive(flags, config, arguments, monkeypatch):
+def test_seeds_jobs_json_and_save_arrive_or_have_defaults(flags, config, arguments, monkeypatch):
     monkeypatch.setattr(spt, "check", Mock())    # there may be no GPU
     monkeypatch.setattr(spt, "cores", lambda: 5)
     kept = keep_what_is_run(monkeypatch)
@@ -1435,7 +1491,7 @@ def test_a_config_refuses_an_unknown_word_in_library_use_too():
 
 
 # --- Help --------------------------------------------------------------------------------------
-def test_help_tells_defaults_and_those_of_tasks_with_another(monkeypatch):
+def test_help_gives_a_default_and_the_tasks_that_have_a_different_one(monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")    # no sentence is broken over two lines
     text = spt.make_parser().format_help()
     assert "attention heads, H (default 2)" in text
@@ -1466,7 +1522,7 @@ def test_the_arm_and_its_steps_are_shown_before_training(changes, line, monkeypa
     assert terminal.shown.splitlines()[-1] == line
 
 
-# 1.25 is layer 1, head 2, offset 5. Of 9 tokens, offset 5 is -4.
+# Attention is made up here: 1.25 is layer 1, head 2, index 5 of 9, which is offset 5 - 9 = -4.
 HEADS = """\
 attention (uniform: 0.11)        -4   -2   -1    0   +1   +2   +4
 at init, layer 1 head 1        1.15 1.17 1.18 1.10 1.11 1.12 1.14
@@ -1476,41 +1532,47 @@ at init, layer 2 head 2        2.25 2.27 2.28 2.20 2.21 2.22 2.24
 """
 
 
-@pytest.mark.parametrize("arm, masked_loss", [
+@pytest.mark.parametrize("arm, masked_loss_line", [
     ("labels", ""),
     ("SPT", "masked loss on test 1.375, unigram entropy 1.500\n"),
 ])
-def test_a_result_is_printed_in_these_lines(arm, masked_loss, capsys):
+def test_a_result_is_printed_as_accuracy_masked_loss_and_attention(arm, masked_loss_line, capsys):
     layer = torch.tensor([1, 2])[:, None, None]
     head = torch.tensor([1, 2])[:, None]
     attention = layer + head / 10 + torch.arange(9) / 100    # (L, H, T)
     spt.show_result(dict(
         arm=arm, test=0.125, train=0.25, test_masked_loss=1.375, unigram_entropy=1.5,
         attention={"at init": attention.tolist()}, config=asdict(SMALL)))
-    lines = "accuracy on test 0.125, on train 0.250\n" + masked_loss + HEADS
+    lines = "accuracy on test 0.125, on train 0.250\n" + masked_loss_line + HEADS
     assert capsys.readouterr().out == lines
 
 
+# Half of 4 is 2, which is left out, and half of 17 is just above 8.
 @pytest.mark.parametrize("seq_len, offsets", [
     (4, "-1 0 +1"),
     (17, "-8 -4 -2 -1 0 +1 +2 +4 +8"),
 ])
-def test_attention_is_printed_at_offsets_of_less_than_half_the_sequence(seq_len, offsets, capsys):
+def test_attention_is_printed_only_at_offsets_below_half_the_length(seq_len, offsets, capsys):
     spt.show_attention(dict(config=dict(seq_len=seq_len), attention={}))
-    _, shown = capsys.readouterr().out.split(")")
+    title, shown = capsys.readouterr().out.split(")")
     assert shown.split() == offsets.split()
 
 
-def test_of_own_data_sizes_and_unseen_tokens_are_shown_and_the_best_possible_is_unknown(
-        some_files, capsys):
-    Path("own.npz").rename("bag")    # a file that is called like a task is still no task
-    spt.show_setting(spt.recipe(data="bag"))
-    sizes, baselines, unseen, rough = capsys.readouterr().out.splitlines()
-    assert sizes.startswith("bag: 5 training sequences of 4 tokens, 3 symbols, ")
-    assert baselines.endswith("best possible unknown")
+def test_own_data_are_shown_with_their_sizes_and_unseen_tokens(some_files, capsys):
+    spt.show_setting(spt.recipe(data="own.npz"))
+    sizes, _, unseen, rough = capsys.readouterr().out.splitlines()
+    assert sizes.startswith("own.npz: 5 training sequences of 4 tokens, 3 symbols, ")
     # Pads do not count: 1 in 10 is unseen.
     assert unseen == "10.0% of the test tokens are not in the training sequences"
     assert rough.startswith("only 3 test sequences")
+
+
+def test_the_best_possible_is_unknown_of_own_data_even_in_a_file_called_like_a_task(
+        some_files, capsys):
+    Path("own.npz").rename("bag")    # of the task bag the best possible is known
+    spt.show_setting(spt.recipe(data="bag"))
+    _, baselines, *_ = capsys.readouterr().out.splitlines()
+    assert baselines.endswith("best possible unknown")
 
 
 def test_a_masked_loss_is_unknown_where_all_test_tokens_are_pads(some_files, capsys):
@@ -1519,8 +1581,8 @@ def test_a_masked_loss_is_unknown_where_all_test_tokens_are_pads(some_files, cap
     assert "\nmasked loss on test unknown, " in capsys.readouterr().out
 
 
-def test_a_saved_model_classifies_and_attends_as_was_measured(some_files):
-    # Random positions, which only the file knows, and as many layers and heads as only it says.
+def test_a_saved_model_has_the_accuracy_and_attention_of_its_run(some_files):
+    # Only the file knows the random order of positions, and that there are 2 layers and 4 heads.
     spt.main("--data own.npz --positions shuffled --n-layers 2 --n-heads 4 --pretrain-steps 9 "
              "--finetune-steps 9 --json r.json --save m.pt".split())
     content = saved()
@@ -1529,7 +1591,8 @@ def test_a_saved_model_classifies_and_attends_as_was_measured(some_files):
     number = {symbol: i for i, symbol in enumerate(content["symbols"])}
     tokens = []
     for sequence in OWN["test_tokens"]:
-        tokens.append([number.get(token, 3) for token in sequence])    # 3 is the mask
+        # The pad and the unseen z become 3, the mask symbol.
+        tokens.append([number.get(token, 3) for token in sequence])
     tokens = torch.tensor(tokens)
     found = [content["classes"][k] for k in model.classify(tokens).argmax(dim=1)]
     result, = records()
@@ -1549,12 +1612,13 @@ def test_weights_are_moved_to_the_cpu_to_be_saved(new_folder, monkeypatch):
     save = Mock()
     monkeypatch.setattr(torch, "save", save)
     weight = Mock()
+    weight.cpu.return_value = "the weight on the CPU"
     model = Mock()
     model.state_dict.return_value = {"w": weight}
     _, data = spt.read_data(SMALL)
     spt.save_model("m.pt", model, SMALL, data)
     content, _ = save.call_args.args
-    assert content["weights"] == {"w": weight.cpu()}
+    assert content["weights"] == {"w": "the weight on the CPU"}
 
 
 # --- Output that fails -------------------------------------------------------------------------
@@ -1568,8 +1632,7 @@ def test_the_model_is_saved_where_json_fails(new_folder):
     assert_a_small_model_is_saved()
 
 
-def test_json_and_model_are_written_even_if_the_reader_of_the_output_has_left(
-        new_folder, monkeypatch):
+def test_json_and_model_are_written_even_if_printing_the_result_fails(new_folder, monkeypatch):
     monkeypatch.setattr(spt, "show_result", Mock(side_effect=BrokenPipeError))
     with pytest.raises(BrokenPipeError):
         spt.single(SMALL, "r.json", "m.pt")
@@ -1645,17 +1708,18 @@ def call_command(monkeypatch, flags, names=tuple(experiments.FLAGS), returned=No
     ("--seed 7 --seeds 9 --jobs 4 --json r.json",
      dict(seed=7, seeds=9, jobs=4, device="cpu", json="r.json")),
     ("--device cuda", dict(seed=0, seeds=3, jobs=1, device="cuda", json=None)),
-    ("--seed 7", dict(seed=7, jobs=5)),
-    ("--device cuda", dict(device="cuda")),
+    ("--seed 7", dict(seed=7, jobs=5)),        # without a flag --device the CPU is meant
+    ("--device cuda", dict(device="cuda")),    # without a flag --jobs none are handed on
 ])
-def test_a_command_of_experiments_hands_its_flags_and_defaults_on(flags, handed_on, monkeypatch):
+def test_a_command_of_experiments_calls_its_function_with_flags_and_defaults(
+        flags, handed_on, monkeypatch):
     monkeypatch.setattr(spt, "check", Mock())    # there may be no GPU
     monkeypatch.setattr(spt, "cores", lambda: 5)
     _, measure = call_command(monkeypatch, flags, names=list(handed_on))
     measure.assert_called_once_with(**handed_on)
 
 
-def test_a_command_of_experiments_checks_its_flags(monkeypatch):
+def test_a_command_of_experiments_hands_seeds_device_and_json_to_the_check(monkeypatch):
     monkeypatch.setattr(spt, "check", Mock())
     call_command(monkeypatch, "--seed 7 --seeds 9 --device cuda --json r.json")
     config = spt.Config(seed=7, device="cuda")
@@ -1667,8 +1731,8 @@ def test_a_command_of_experiments_checks_its_flags(monkeypatch):
     "--jobs 0",
     "--device tpu",
     "--json none/r.json",
-    # The theory takes three seeds, whatever --seeds says, and here the third would be 2**31.
-    "--seed 2147483646 --seeds 1",
+    # Every command is checked for at least three seeds, because the theory always takes three.
+    f"--seed {2**31 - 2} --seeds 1",
 ])
 def test_a_command_of_experiments_refuses_bad_input_before_it_measures(flags, monkeypatch, capsys):
     status, measure = call_command(monkeypatch, flags)
@@ -1695,20 +1759,21 @@ def test_a_command_of_experiments_prints_to_a_terminal_that_lacks_a_character(mo
 
 # Not the plot, which needs matplotlib to be imported.
 @pytest.mark.parametrize("name", ["claims", "theory", "targets", "benchmark"])
-def test_a_file_of_experiments_is_a_command_with_the_flags_that_its_function_takes(
+def test_each_file_of_experiments_takes_the_parameters_of_its_function_as_flags(
         name, monkeypatch):
     command = Mock()
     monkeypatch.setattr(experiments, "run_command", command)
-    module = runpy.run_path(str(ROOT / "experiments" / f"{name}.py"), run_name="__main__")
-    flags = inspect.signature(module[name]).parameters
-    command.assert_called_once_with(module[name], module["__doc__"], *flags)
+    in_file = runpy.run_path(str(ROOT / "experiments" / f"{name}.py"), run_name="__main__")
+    function = in_file[name]    # it is called like its file
+    parameters = inspect.signature(function).parameters
+    command.assert_called_once_with(function, in_file["__doc__"], *parameters)
 
 
 # No test runs the plot, so a name that is gone from spt.py would not show.
-def test_what_the_plot_uses_of_spt_is_there():
+def test_every_function_of_spt_that_the_plot_calls_exists():
     text = (ROOT / "experiments" / "plot.py").read_text(encoding="utf-8")
     called = re.findall(r"\bspt\.(\w+)\(", text)
-    assert len(called) > 10
+    assert "pretrain" in called    # so that a search which finds nothing does not pass
     assert [name for name in called if not hasattr(spt, name)] == []
 
 
@@ -1746,7 +1811,7 @@ PLAN = {
 }
 
 
-def test_every_row_of_a_claim_trains_and_demands_what_is_planned():
+def test_every_row_of_a_claim_has_the_configs_and_bounds_of_the_plan():
     planned = {}
     for name, (low, high, changes) in PLAN.items():
         config = spt.recipe(device="cuda", **changes)
@@ -1785,7 +1850,8 @@ ARGUMENTS = dict(seed=7, seeds=2, jobs=3, device="cuda", json="r.json")
 
 def without_training(monkeypatch, theory_holds=True, of_spt=0.80, of_deep=0.50):
     """TWO_CLAIMS are judged by these test accuracies. Returns what `without_workers` does."""
-    # {rate: of seed 7, of seed 8}. The mean is best at 0.005, though one seed is best at 0.002.
+    # {rate: of seed 7, of seed 8}. Their means are 0.50, 0.55 ± 0.071 and 0.30. So the rate 0.005
+    # is the best, though one seed is best at 0.002.
     of_labels = {0.002: [0.90, 0.10], 0.005: [0.50, 0.60], 0.01: [0.30, 0.30]}
 
     def result_of(config):
@@ -1801,7 +1867,7 @@ def without_training(monkeypatch, theory_holds=True, of_spt=0.80, of_deep=0.50):
     return without_workers(monkeypatch, result_of)
 
 
-def test_claims_that_hold_are_printed_in_these_lines(new_folder, monkeypatch, capsys):
+def test_where_all_claims_hold_exactly_these_lines_are_printed(new_folder, monkeypatch, capsys):
     without_training(monkeypatch)
     assert claims.claims(**ARGUMENTS) is True
     assert capsys.readouterr().out == ALL_HOLD
@@ -1822,7 +1888,7 @@ def test_claims_fail_where_the_theory_does(new_folder, monkeypatch, capsys):
     assert capsys.readouterr().out.endswith("\n\nFAILS: 9 why the hint is faint\n")
 
 
-def test_claims_run_their_configs_and_the_theory_as_asked_and_write_each_run(
+def test_claims_run_and_write_the_configs_of_all_rows_and_call_the_theory(
         new_folder, monkeypatch):
     asked = without_training(monkeypatch)
     claims.claims(**ARGUMENTS)
@@ -1854,7 +1920,8 @@ def test_a_row_of_a_claim_is_shown_before_the_next_row_is_run(new_folder, monkey
 
 
 # --- Theory: pulls -----------------------------------------------------------------------------
-def test_a_pull_agrees_with_finite_differences(monkeypatch):
+def test_attention_pull_agrees_with_finite_differences_of_the_loss(monkeypatch):
+    # Rotary positions show whether queries and keys are still turned.
     model = small_model(n_layers=2, positions="rotary").double()
     found = theory.attention_pull(model, spt.label_loss, TOKENS, LABELS)
     attend = F.scaled_dot_product_attention
@@ -1869,45 +1936,50 @@ def test_a_pull_agrees_with_finite_differences(monkeypatch):
     for offset in range(9):
         pull.append((loss_with(offset, -1e-5) - loss_with(offset, 1e-5)) / 2e-5)
     pull = np.array(pull) - np.mean(pull[1:])    # offset 0 is left out of the mean
-    assert abs(pull[1]) > 1e-6                   # more than errors of rounding
+    # The pull is far larger than the error of 1e-8 that is allowed below.
+    assert abs(pull[1]) > 1e-6
     assert found.numpy() == pytest.approx(pull, rel=1e-3, abs=1e-8)
 
 
 def neighbour_pulls_by_hand(model, tokens, labels, by_masks):
-    """The pulls at offsets -1 and 1, x 1000, of batches of 32, 32 and 7, with masks of seed 3."""
+    """The pulls at offsets -1 and 1, x 1000, as a mean over batches of 32, with masks of seed 3."""
     generator = torch.Generator().manual_seed(3)
     pulls = []
     for x, y in zip(tokens.split(32), labels.split(32)):
-        batch = (spt.label_loss, x, y)
         if by_masks:
-            batch = (spt.masked_loss, x, *spt.mask_tokens(x, 5, 0.4, generator))
-        pulls.append(1000 * theory.attention_pull(model, *batch)[[-1, 1]])
+            masked = spt.mask_tokens(x, 5, 0.4, generator)
+            pull = theory.attention_pull(model, spt.masked_loss, x, *masked)
+        else:
+            pull = theory.attention_pull(model, spt.label_loss, x, y)
+        pulls.append(1000 * pull[[-1, 1]])
     return torch.stack(pulls).mean(dim=0).tolist()
 
 
 @pytest.mark.parametrize("by_masks", [True, False])
 def test_pulls_are_measured_while_training_and_the_score_at_the_end(by_masks, monkeypatch):
-    monkeypatch.setattr(theory, "PULL_STEPS", (0, 5, 99))    # the last one is not reached
+    monkeypatch.setattr(theory, "PULL_STEPS", (0, 5, 8, 99))    # of the 8 steps, 8 is the last
+    n_test = 32 + 32 + 7                                        # the last batch is smaller
     config = replace(SMALL, spt=by_masks, seed=3, start="near", freeze_qk=True, batch_size=7,
-                     mask_ratio=0.4, pretrain_lr=0.02, lr=0.03, pretrain_steps=8, n_test=71)
+                     mask_ratio=0.4, pretrain_lr=0.02, lr=0.03, pretrain_steps=8, n_test=n_test)
     _, (x, y, x_test, y_test) = spt.load_data(config)
     model = spt.new_model(config, 2, seed=3)
     expected = []
 
     def measure(step):
-        if step in (0, 5):
+        if step in (0, 5, 8):
             pull = neighbour_pulls_by_hand(model, x_test, y_test, by_masks)
-            near = spt.on_neighbours(spt.attention_by_offset(model, x_test[:64]))
-            expected.append(dict(step=step, pull=pytest.approx(pull), on_neighbours=near))
+            attention = spt.attention_by_offset(model, x_test[:64])
+            expected.append(dict(step=step, pull=pytest.approx(pull),
+                                 on_neighbours=spt.on_neighbours(attention)))
 
     measure(0)
     training = dict(steps=8, batch_size=7, seed=3, on_step=measure)
     if by_masks:
         spt.pretrain(model, x, mask_id=5, mask_ratio=0.4, lr=0.02, **training)
-        expected[1]["masked_loss"] = spt.masked_loss_on_test(model, x_test, config)
+        expected[-1]["masked_loss"] = spt.masked_loss_on_test(model, x_test, config)
     else:
         spt.finetune(model, x, y, lr=0.03, **training)
-        expected[1]["accuracy"] = spt.accuracy(model, x_test, y_test)
+        expected[-1]["accuracy"] = spt.accuracy(model, x_test, y_test)
     assert theory.pulls_while_training(config) == expected
 
 
@@ -1925,38 +1997,44 @@ def test_the_losses_of_one_layer_equal_loops():
     for sequence, label, corrupted, is_masked in zip(X, Y, CORRUPTED, IS_MASKED):
         features = torch.sin(A @ layer.v[sequence])                       # (T, C)
         label_loss += F.cross_entropy(features.mean(dim=0) @ layer.W, label) / 60
-        for i in is_masked.nonzero():
-            feature = torch.sin(A[i] @ layer.v[corrupted])
-            masked_loss += F.cross_entropy(feature @ layer.U, sequence[i]) / IS_MASKED.sum()
+        for i in range(6):
+            if is_masked[i]:
+                feature = torch.sin(A[i] @ layer.v[corrupted])            # (C,)
+                masked_loss += F.cross_entropy(feature @ layer.U, sequence[i]) / IS_MASKED.sum()
     assert_close(layer.label_loss(S, X, Y), label_loss)
     assert_close(layer.masked_loss(S, X, CORRUPTED, IS_MASKED), masked_loss)
 
 
 # The formula of the proof is  pull = (1/T) E[(onehot(x_i) - p) Uᵀ φ'(v̄) (v_{i+ℓ} - v̄)].
-def test_the_masked_pull_has_the_closed_form_of_the_proof():
+def test_the_pull_of_masked_tokens_agrees_with_the_formula_of_the_proof():
     layer = theory.OneLayer()
     U = layer.U.detach()
-    pull = 0
+    total = 0
     for b, i in IS_MASKED.nonzero().tolist():
-        v = layer.v[CORRUPTED[b]].detach()
-        mean = v.mean(dim=0)
-        p = (mean.tanh() @ U).softmax(dim=0)
-        slope = 1 - mean.tanh() ** 2    # the derivative of tanh
-        shifted = v.roll(-i, dims=0)    # row ℓ is v_{i+ℓ}
-        pull += (shifted - mean) @ (slope * (U @ (F.one_hot(X[b, i], 8) - p))) / 6
+        v = layer.v[CORRUPTED[b]].detach()                                # (T, C)
+        mean = v.mean(dim=0)                                              # (C,)
+        p = (mean.tanh() @ U).softmax(dim=0)                              # (V,)
+        error = F.one_hot(X[b, i], 8) - p                                 # (V,)
+        slope = 1 - mean.tanh() ** 2                                      # (C,), of tanh
+        shifted = v.roll(-i, dims=0)                                      # (T, C), rows v_{i+ℓ}
+        total += (shifted - mean) @ (error @ U.T * slope)                 # (T,), one for each ℓ
+    expected = total / IS_MASKED.sum() / 6
     gradient = theory.gradient_by_scores(layer.masked_loss, X, CORRUPTED, IS_MASKED)
-    assert_close(-spt.by_offset(gradient), pull / IS_MASKED.sum())
+    # The formula is the pull before `pull_by_offset` subtracts a mean.
+    assert_close(-spt.by_offset(gradient), expected)
 
 
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("phi", [torch.tanh, torch.square])
-def test_at_uniform_attention_labels_do_not_pull_though_they_have_a_gradient(phi, learned):
+def test_at_uniform_attention_labels_do_not_pull_though_single_scores_change_their_loss(
+        phi, learned):
     layer = theory.OneLayer(phi=phi)
     if learned:
         theory.learn_at_uniform_attention(layer, X, Y, by_masks=False, steps=50)
-    gradient = theory.gradient_by_scores(layer.label_loss, X, Y)
-    assert gradient.abs().max() > 1e-5    # by the scores of a single position
-    assert_close(theory.pull_by_offset(gradient), torch.zeros(6).double(), rtol=0, atol=1e-13)
+    by_single_score = theory.gradient_by_scores(layer.label_loss, X, Y)   # (T, T)
+    assert by_single_score.abs().max() > 1e-5
+    pull = theory.pull_by_offset(by_single_score)
+    assert_close(pull, torch.zeros(6).double(), rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("phi, is_linear", [(lambda z: z, True), (torch.tanh, False)])
@@ -1977,26 +2055,27 @@ def test_endtoend_the_proof_holds_in_numbers(ten_starts):
     assert theory.show_proof(*ten_starts) is True
 
 
-def test_endtoend_the_control_is_the_pull_on_one_position_times_all_positions(ten_starts):
+def test_endtoend_the_control_is_the_pull_of_labels_on_the_first_position_times_32(ten_starts):
     _, alone = ten_starts
     assert alone.shape == (10,)
-    # The first of the ten starts once more. Before it, masks are drawn.
+    # The first of the ten starts once more.
     x, y = map(torch.from_numpy, tasks.proximity(n=2000, seq_len=32, vocab_size=8, seed=1))
     torch.manual_seed(1)
-    spt.mask_tokens(x, 8, 0.3)
+    spt.mask_tokens(x, 8, 0.3)    # only so that the start gets the same random numbers
     gradient = theory.gradient_by_scores(theory.OneLayer().label_loss, x, y)
-    assert_close(alone[0], -1000 * 32 * gradient[0, 1])
+    pull_of_position_0_to_the_right = -gradient[0, 1]
+    # Other pulls sum over 32 positions, so this one is taken 32 times, and all are x 1000.
+    assert_close(alone[0], 1000 * 32 * pull_of_position_0_to_the_right)
 
 
 # --- Theory: what is printed -------------------------------------------------------------------
 def printed_where_one_verdict_fails(judge, changed, capsys):
-    """What `judge` prints with a change, which fails one verdict. Without it, all hold."""
+    """The one verdict of `judge` that fails with a change. Without it, all hold."""
     assert judge() is True
     assert "FAILS" not in capsys.readouterr().out
     assert judge(**changed) is False
-    printed = capsys.readouterr().out
-    assert printed.count("  FAILS: ") == 1
-    return printed
+    verdict, = re.findall(r"^  FAILS: .*(?:\n    .*)*", capsys.readouterr().out, re.M)
+    return verdict
 
 
 def part_a(loss=2.075, accuracy=0.60, of_masks=(5.1, 14), of_labels=(0.09, -0.20)):
@@ -2008,16 +2087,19 @@ def part_a(loss=2.075, accuracy=0.60, of_masks=(5.1, 14), of_labels=(0.09, -0.20
 
 
 def two_starts(*pulls):
-    """Two starts, one with these pulls at offsets -1, 1, 2, 4, 8, the other with half of them."""
+    """Two starts, one with these pulls at offsets -1, 1, 2, 4, 8, the other with twice these."""
     rows = torch.zeros(2, 32)
-    rows[1, [-1, 1, 2, 4, 8]] = torch.tensor(pulls)
-    rows[0] = rows[1] / 2
+    rows[0, [-1, 1, 2, 4, 8]] = torch.tensor(pulls)
+    rows[1] = 2 * rows[0]
     return rows
 
 
-def part_b(labels=0.9e-9, before=(-2.0, 2.1e-4, 4.0, 5.0, 6.0),
-           after=(10.2, 12.0, 4.0, 2.0, -2.0), alone=-0.011):
-    """Part b of these pulls, of which `before` and `after` are those of masks."""
+def part_b(labels=0.9e-9, before=(-2.0, 1.1e-4, 4.0, 5.0, 6.0),
+           after=(5.1, 12.0, 4.0, 2.0, -1.0), alone=-0.011):
+    """Part b of these pulls of labels, of masks before and after, and of one position alone.
+
+    All verdicts just hold: 0.9e-9 < 1e-9, 1.1e-4 > 1e-4, 5.1 / 1.0 > 5, and 0.011 > 0.01.
+    """
     pulls = dict(
         masks=dict(before=two_starts(*before), after=two_starts(*after)),
         labels=dict(before=torch.zeros(2, 32), after=torch.full((2, 32), -labels)))
@@ -2028,19 +2110,19 @@ def test_part_b_prints_the_pulls_of_masks_from_the_smallest_to_the_largest(capsy
     part_b(before=(-2.0, 3.0, 4.0, 5.0, 6.0))
     assert """
           -1            +1            +2            +4            +8
-  before  -2.0 to -1.0  1.5 to 3.0    2.0 to 4.0    2.5 to 5.0    3.0 to 6.0
-  after   5.1 to 10.2   6.0 to 12.0   2.0 to 4.0    1.0 to 2.0    -2.0 to -1.0
+  before  -4.0 to -2.0  3.0 to 6.0    4.0 to 8.0    5.0 to 10.0   6.0 to 12.0
+  after   5.1 to 10.2   12.0 to 24.0  4.0 to 8.0    2.0 to 4.0    -2.0 to -1.0
 """ in capsys.readouterr().out
 
 
 def part_c(of_masks=(3.1, 15.0), of_labels=(0.09, -0.30)):
-    """Part c of three seeds. The last one has these pulls at step 100."""
+    """Part c of three seeds. The last one has these pulls at step 100; both are at a bound."""
     def of_seed(pull, attention):
         return [dict(step=0, pull=[0.1, -0.2], on_neighbours=0.03),
                 dict(step=100, pull=pull, on_neighbours=attention)]
 
     masks = [of_seed([10.0, 20.0], 0.4), of_seed([12.0, 22.0], 0.5), of_seed(of_masks, 0.6)]
-    labels = [of_seed([0.0, 0.0], 0.04), of_seed([0.0, 0.09], 0.04), of_seed(of_labels, 0.04)]
+    labels = [of_seed([0.03, -0.10], 0.04), of_seed([0.06, -0.20], 0.04), of_seed(of_labels, 0.04)]
     return theory.show_pulls(masks, labels)
 
 
@@ -2050,29 +2132,30 @@ def part_c(of_masks=(3.1, 15.0), of_labels=(0.09, -0.30)):
     (part_a, dict(of_masks=(14, 4.9)), "from -0.2 to 4.9 (above 5)"),
     (part_a, dict(of_labels=(0.09, -0.21)), "0.21 in size (at most 0.20)"),
     (part_b, dict(labels=1.1e-9), " 1e-09 (1e-9)"),
-    (part_b, dict(before=(-2.0, 1.9e-4, 4.0, 5.0, 6.0)), "are 1e-04 or more in size (1e-4)"),
+    (part_b, dict(before=(-2.0, 0.9e-4, 4.0, 5.0, 6.0)), "are 9e-05 or more in size (1e-4)"),
     (part_b, dict(after=(12.0, -10.0, 4.0, 2.0, 1.0)), "at least\n    -10 times the size"),
-    (part_b, dict(after=(9.8, 12.0, 4.0, 2.0, -2.0)), "at least\n    5 times the size"),
+    (part_b, dict(after=(4.9, 12.0, 4.0, 2.0, -1.0)), "at least\n    5 times the size"),
     (part_b, dict(alone=0.009), " 0.009 (0.01)"),
     (part_c, dict(of_masks=(15.0, 2.9)), "smaller of the two pulls reaches 2.9 (above 3)"),
     (part_c, dict(of_labels=(0.0, -0.31)), "0.31 in size at most (0.30)"),
 ])
-def test_a_part_of_the_theory_holds_at_its_bounds_and_fails_beyond_one(
+def test_each_verdict_of_the_theory_holds_at_its_bound_and_fails_beyond_it(
         part, changed, text, capsys):
     assert text in printed_where_one_verdict_fails(part, changed, capsys)
 
 
 def test_part_c_prints_means_and_standard_deviations_over_seeds(capsys):
-    part_c(of_masks=(14.0, 15.0))
+    # The standard deviation of three numbers at equal distances is that distance.
+    part_c(of_masks=(14.0, 24.0))
     assert """
       on masked tokens                     on labels
 step  at -1        at +1        attention  at -1        at +1        attention
 0     0.10 ± 0.00  -0.20 ± 0.00 0.03       0.10 ± 0.00  -0.20 ± 0.00 0.03
-100   12.00 ± 2.00 19.00 ± 3.61 0.50       0.03 ± 0.05  -0.07 ± 0.20 0.04
+100   12.00 ± 2.00 22.00 ± 2.00 0.50       0.06 ± 0.03  -0.20 ± 0.10 0.04
 """ in capsys.readouterr().out
 
 
-def test_the_theory_trains_these_configs_in_this_order():
+def test_the_theory_trains_part_a_first_and_then_three_seeds_by_masks_and_three_by_labels():
     # Part a, by masks and by labels.
     uniform = spt.Config(seed=300, device="cuda", start="uniform", freeze_qk=True,
                          pretrain_steps=800)
@@ -2130,7 +2213,7 @@ def seeded():
     return torch.Generator().manual_seed(3)
 
 
-def test_exactly_so_many_tokens_of_a_sequence_are_masked_at_any_position():
+def test_mask_exactly_masks_so_many_tokens_of_each_sequence_at_random_positions():
     tokens = torch.randint(8, (4000, 4))
     corrupted, is_masked = targets.mask_exactly(tokens, 3, seeded())
     assert is_masked.sum(dim=1).tolist() == [3] * 4000
@@ -2154,7 +2237,7 @@ def test_a_step_may_ask_for_the_label_at_each_position():
     assert_close(loss, torch.stack(of_position).mean())
 
 
-def test_a_step_asks_for_so_many_masked_tokens_of_each_sequence():
+def test_a_step_may_ask_for_several_masked_tokens_of_each_sequence():
     model = spt.Transformer(8, 9)    # with 8 symbols, as token 8 is the mask
     corrupted, is_masked = targets.mask_exactly(TOKENS, 5, seeded())
     expected = F.cross_entropy(model.reconstruct(corrupted)[is_masked], TOKENS[is_masked])
@@ -2162,7 +2245,7 @@ def test_a_step_asks_for_so_many_masked_tokens_of_each_sequence():
     assert_close(loss, expected)
 
 
-def losses_by_hand(cell, rate):
+def losses_by_hand(cell, each_on_test, rate):
     """The losses on test of seed 3 after 10, 20, ... 60 steps of a plain loop."""
     _, (x, y, x_test, y_test) = spt.load_data(spt.Config(seed=3, seq_len=16))
     torch.manual_seed(3)
@@ -2170,7 +2253,7 @@ def losses_by_hand(cell, rate):
     spt.start_attention(model, "near")
     generator = seeded()
     optimizer = torch.optim.AdamW(model.parameters())
-    on_test = cell._replace(each=1 if cell.kind == "labels" else 2)    # one token in eight
+    on_test = cell._replace(each=each_on_test)
     losses = []
     for step in range(1, 61):
         optimizer.param_groups[0]["lr"] = rate * step / 40 if step < 40 else rate
@@ -2185,8 +2268,10 @@ def losses_by_hand(cell, rate):
     return losses
 
 
-@pytest.mark.parametrize("kind, each", [("labels", 16), ("masks", 3)])
-def test_losses_on_test_until_the_limit_are_those_of_a_plain_loop(kind, each, monkeypatch):
+# On test one label, or one token in eight, is asked of a sequence of 16, whatever training asks.
+@pytest.mark.parametrize("kind, each, each_on_test", [("labels", 16, 1), ("masks", 3, 16 // 8)])
+def test_steps_to_take_off_trains_and_measures_the_test_loss_like_a_plain_loop(
+        kind, each, each_on_test, monkeypatch):
     cell = Cell(kind, sequences=24, each=each, start="near", seq_len=16, limit=60)
     test_loss = targets.test_loss
     losses = []
@@ -2197,7 +2282,7 @@ def test_losses_on_test_until_the_limit_are_those_of_a_plain_loop(kind, each, mo
 
     monkeypatch.setattr(targets, "test_loss", recorded)
     assert targets.steps_to_take_off((cell, 0.02, 3)) is None
-    assert losses == pytest.approx(losses_by_hand(cell, 0.02))
+    assert losses == pytest.approx(losses_by_hand(cell, each_on_test, 0.02))
 
 
 @pytest.mark.parametrize("kind, chance, best", [
@@ -2212,12 +2297,14 @@ def test_take_off_is_a_fifth_of_the_way_from_chance_to_the_best(kind, chance, be
     assert targets.steps_to_take_off((Cell(kind, 2, seq_len=8), 0.01, 3)) == 20
 
 
-def test_a_seed_that_has_not_taken_off_counts_with_twice_the_limit_for_a_rate():
-    assert targets.at_better_rate([[None], [201]], limit=100) == [None]
-    assert targets.at_better_rate([[None], [199]], limit=100) == [199]
+def test_where_rates_are_compared_a_seed_that_has_not_taken_off_counts_as_twice_the_limit():
+    # At the first rate 200 + 10 + 10 steps count, more than 3 x 70 and fewer than 3 x 80.
+    one_failed = [None, 10, 10]
+    assert targets.at_better_rate([one_failed, [70, 70, 70]], limit=100) == [70, 70, 70]
+    assert targets.at_better_rate([one_failed, [80, 80, 80]], limit=100) == one_failed
 
 
-def test_a_seed_that_has_not_taken_off_counts_with_the_limit_in_a_mean():
+def test_in_the_mean_over_seeds_one_that_has_not_taken_off_counts_as_the_limit():
     assert targets.mean_steps(Cell("labels", 128, limit=2000), [400, None]) == 1200
 
 
@@ -2262,7 +2349,8 @@ def steps_of_two_seeds(means=MEANS, below=240):
     return steps
 
 
-# The standard deviation of 10 less and 10 more is 14.
+# The standard deviation of 10 less and 10 more is 14. In parentheses are the steps times the
+# targets a step, to the nearest hundred, where a label that is asked at 64 positions counts once.
 SHOWN = """
 targets a step        32                128               608
 labels                1,300 ± 14        470 ± 14          170 ± 14
@@ -2296,17 +2384,17 @@ def judge_targets(row="labels", column=32, mean=1300, below=240):
     return targets.judge(steps_of_two_seeds(means, below))
 
 
-# What is printed is at the bound, because a mean is just beyond it.
+# A mean of MEANS is just beyond a bound. What is printed is rounded to the bound itself.
 @pytest.mark.parametrize("changed, text", [
-    (dict(row="masked, as in SPT", column=608, mean=261), "need 5.0 times the steps of SPT's"),
-    (dict(row="labels", column=608, mean=326), "608 a step take off\n    4.0 times sooner"),
-    (dict(row="labels", column=128, mean=921), "at 128 targets a step, labels need 4.0 times"),
-    (dict(row="labels", column=128, mean=229), "at 128 targets a step, labels need 1.0 times"),
-    (dict(row="masked tokens", column=608, mean=42), "at 608, 4.0 times"),
-    (dict(row="masked tokens", column=608, mean=171), "at 608, 1.0 times"),
-    (dict(below=461), "    128: 2.0 times"),
-    (dict(below=114), "    128: 0.5 times"),
-    (dict(row="labels, near start", column=32, mean=434), "take off 3.0 times sooner"),
+    (dict(row="masked, as in SPT", column=608, mean=1300 / 5 + 1), "need 5.0 times the steps of"),
+    (dict(row="labels", column=608, mean=1300 / 4 + 1), "take off\n    4.0 times sooner than 32"),
+    (dict(row="labels", column=128, mean=4 * 230 + 1), "at 128 targets a step, labels need 4.0"),
+    (dict(row="labels", column=128, mean=230 - 1), "at 128 targets a step, labels need 1.0"),
+    (dict(row="masked tokens", column=608, mean=170 / 4 - 0.5), "at 608, 4.0 times"),
+    (dict(row="masked tokens", column=608, mean=170 + 1), "at 608, 1.0 times"),
+    (dict(below=2 * 230 + 1), "    128: 2.0 times"),
+    (dict(below=230 / 2 - 1), "    128: 0.5 times"),
+    (dict(row="labels, near start", column=32, mean=1300 / 3 + 1), "take off 3.0 times sooner"),
 ])
 def test_a_verdict_on_targets_fails_beyond_its_bound(changed, text, capsys):
     assert text in printed_where_one_verdict_fails(judge_targets, changed, capsys)
@@ -2335,7 +2423,8 @@ def targets_of_two_cells(monkeypatch, holds=True):
     return targets.targets(seed=300, seeds=2, jobs=3, json="r.json"), asked
 
 
-def test_targets_run_and_write_each_cell_at_its_rates_with_each_seed(new_folder, monkeypatch):
+def test_targets_run_and_write_every_cell_at_each_of_its_rates_for_each_seed(
+        new_folder, monkeypatch):
     _, asked = targets_of_two_cells(monkeypatch)
     assert asked == [(targets.steps_to_take_off, list(STEPS), 3)]
     written = [(record["lr"], record["seed"], record["steps"]) for record in records()]
@@ -2397,7 +2486,7 @@ def test_the_benchmark_makes_its_data_and_prints_and_writes_all_runs(
     head, *_, last = capsys.readouterr().out.splitlines()
     assert head == ("| test accuracy (train) | labels, lr 0.001 | lr 0.003 | lr 0.01 "
                     "| near start | SPT |")
-    # The rates are those of BENCHMARK. Two seeds have the same rate.
+    # The accuracy of a run is its learning rate, which is 0.005 by default, as for SPT here.
     assert last == ("| digits, 2,400 steps | 0.001 ± 0.000 (0.50) | 0.003 ± 0.000 (0.50) "
                     "| 0.010 ± 0.000 (0.50) | 0.010 ± 0.000 (0.50) | 0.005 ± 0.000 (0.50) |")
     assert len(records()) == 4 * 5 * 2    # lines, columns and seeds
@@ -2458,30 +2547,34 @@ def test_the_near_start_of_readmes_encoder_is_that_of_the_file():
     the_class, _ = code_block("class Mine").split("torch.set_num_threads")
     scope = {}
     exec(the_class, scope)
-    maps = []
-    for near in (False, True):
+
+    def maps_of_readme(near):
+        """Query, key and value maps of README's encoder, from the same random start."""
         torch.manual_seed(0)
-        model = scope["Mine"](vocab_size=5, seq_len=9, near=near)
-        maps.append(model.encoder.layers[0].self_attn.in_proj_weight)
-    without, with_near = maps    # in PyTorch's layer the three maps are one weight
-    query, key, value = without.detach().split(32)
+        layer = scope["Mine"](vocab_size=5, seq_len=9, near=near).encoder.layers[0]
+        return layer.self_attn.in_proj_weight.detach().chunk(3)
+
+    query, key, value = maps_of_readme(near=False)
     model = small_model()
     attention = model.blocks[0].attention
-    attention.query.weight.data = query    # the file's model starts from the same maps
-    attention.key.weight.data = key
+    attention.query.weight.data = query.clone()
+    attention.key.weight.data = key.clone()
     spt.start_attention(model, "near")
-    assert_close(with_near, torch.cat([attention.query.weight, attention.key.weight, value]))
+    near_query, near_key, near_value = maps_of_readme(near=True)
+    assert_close(near_query, attention.query.weight.data)
+    assert_close(near_key, attention.key.weight.data)
+    assert_close(near_value, value)
 
 
-def test_endtoend_the_blocks_of_readme_run_in_their_order(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    scope = {}
-    exec(code_block("np.savez"), scope)
+def test_endtoend_the_blocks_of_readme_run_in_their_order(new_folder, capsys):
+    exec(code_block("np.savez"), {})
     # README's command, with few steps.
     spt.main("--data mine.npz --spt --save mine.pt --pretrain-steps 9 --finetune-steps 9".split())
-    exec(code_block("torch.load"), scope)
-    assert_array_equal(scope["tokens"], tasks.from_file("mine.npz").test_tokens[:5])
-    exec(code_block("class Mine"), scope)
+    of_saved_model = {}
+    exec(code_block("torch.load"), of_saved_model)
+    assert_array_equal(of_saved_model["tokens"], tasks.from_file("mine.npz").test_tokens[:5])
+    of_encoder = {}
+    exec(code_block("class Mine"), of_encoder)
     # What it prints last is the test accuracy of the encoder; without SPT it would be 0.5.
     assert float(capsys.readouterr().out.split()[-1]) >= 0.9
-    exec(code_block("DataLoader"), scope)    # this has no result, and only has to run
+    exec(code_block("DataLoader"), of_encoder)    # this has no result, and only has to run
