@@ -979,7 +979,7 @@ def show_advice(done):
         print(textwrap.fill(
             f"Seed {', '.join(stuck)}: the masked loss is still at the unigram entropy. "
             "Pretraining is on its plateau, or tokens tell nothing about each other. Try more "
-            "--pretrain-steps, or --spt --start near.", 80))
+            "--pretrain-steps, or --spt --start near.", 80, break_on_hyphens=False))
     best = max(mean_of(results, "test") for results in done.values())
     pairs = mean_of(of_spt, "bigram_accuracy")
     if pairs > best - 0.01:
