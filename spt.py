@@ -687,7 +687,7 @@ def run(config, progress=False):
         attention["pretrained"] = attention_by_offset(model, sample)
         test_masked_loss = masked_loss_on_test(model, x_test, config)
         if config.transfer != "all":
-            # With the old seed, what is not copied would be the start of the pretrained model.
+            # A new seed, so that what is not copied is not the start of the pretrained model.
             pretrained = model
             model = new_model(config, n_classes, config.seed + 10**6)
             transfer(pretrained, model, config.transfer)
