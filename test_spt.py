@@ -15,7 +15,6 @@ import runpy
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, replace
@@ -607,12 +606,6 @@ def test_the_arguments_of_the_model_decide_the_sizes_of_its_layers():
     assert model.class_head.weight.shape == (3, 24)
 
 
-@pytest.mark.parametrize("positions", ["sinusoidal", "rotary"])
-def test_attention_is_rotary_in_every_block_if_positions_are(positions):
-    for block in small_model(positions=positions, n_layers=2).blocks:
-        assert block.attention.rotary == (positions == "rotary")
-
-
 @pytest.mark.parametrize("positions", spt.POSITIONS)
 def test_a_sequence_and_its_reverse_get_the_same_logits_only_without_positions(positions):
     model = small_model(positions=positions).double()
@@ -1018,8 +1011,8 @@ def test_endtoend_after_pretraining_heads_look_at_their_own_position_and_its_nei
 
 
 RUNS = {
-    "labels": spt.Config(lr=0.01),
-    "near start": spt.Config(lr=0.01, start="near"),
+    "labels alone": spt.Config(lr=0.01),
+    "the same, attention starts near": spt.Config(lr=0.01, start="near"),
     "small": replace(SMALL, spt=True),
 }
 
@@ -1033,18 +1026,18 @@ def results_of_runs():
             return dict(zip(RUNS, results))
 
 
-@pytest.mark.parametrize("name, flags", [
-    ("labels", "--lr 0.01"),
-    ("near start", "--lr 0.01 --start near"),
+@pytest.mark.parametrize("name, accuracy", [
+    ("labels alone", 0.51),
+    ("the same, attention starts near", 1.00),
 ])
-def test_endtoend_accuracies_of_labels_are_those_in_the_docstring(name, flags, results_of_runs):
-    accuracy_of = dict(re.findall(r"(--lr 0.01.*?) {2,}.*: ([\d.]+)\n", spt.__doc__))
+def test_endtoend_accuracies_of_labels_are_those_in_the_docstring(name, accuracy, results_of_runs):
+    assert f"{name}: {accuracy:.2f}\n" in spt.__doc__
     # Other processors round differently.
-    assert results_of_runs[name]["test"] == pytest.approx(float(accuracy_of[flags]), abs=0.03)
+    assert results_of_runs[name]["test"] == pytest.approx(accuracy, abs=0.03)
 
 
 def test_endtoend_labels_alone_hardly_fit_the_training_part(results_of_runs):
-    assert results_of_runs["labels"]["train"] < 0.6
+    assert results_of_runs["labels alone"]["train"] < 0.6
 
 
 def test_endtoend_a_worker_process_gives_exactly_the_result_of_this_process(results_of_runs):
@@ -1117,10 +1110,11 @@ def test_a_comparison_of_rotary_models_leaves_out_the_rows_named_rotary():
     assert of_rotary_models == [name for name in names if "rotary" not in name]
 
 
-def advice_on(losses, pairs, capsys):
+def advice_on(losses, capsys, pairs=0.5):
     """The lines of advice on a row of labels, with accuracy 0.7, and a row of SPT, with 0.6.
 
-    The seeds of `losses` count from 5 up. The unigram entropy is 1.6.
+    `losses` are masked losses of the seeds from 5 up, where the unigram entropy is 1.6, and `pairs`
+    is the accuracy of counting pairs.
     """
     done = {"labels": [], "SPT": []}
     for seed, loss in enumerate(losses, 5):
@@ -1136,24 +1130,24 @@ PLATEAU = (
     "tell nothing about each other. Try more --pretrain-steps, or --spt --start near.")
 
 
-# 98 % of the unigram entropy, 1.6, are 1.568. A loss is None where no token was masked.
+# 98 % of the unigram entropy, 1.6, are 1.568. Where no token was masked there is no loss to judge.
 @pytest.mark.parametrize("loss, shown, is_stuck", [
     (1.567, "1.567", False),
     (1.569, "1.569", True),
     (math.nan, "nan", True),
     (None, "unknown", False),
 ])
-def test_a_seed_whose_masked_loss_is_not_2_percent_below_the_entropy_is_named(
+def test_a_seed_is_named_unless_its_masked_loss_is_2_percent_below_the_entropy(
         loss, shown, is_stuck, capsys):
     expected = f"masked loss on test, by seed: 1.200, {shown} (unigram entropy 1.600)"
     if is_stuck:
         expected += f" Seed 6: {PLATEAU}"
-    assert " ".join(advice_on([1.2, loss], 0.5, capsys)) == expected
+    assert " ".join(advice_on([1.2, loss], capsys)) == expected
 
 
 def test_advice_on_five_seeds_has_at_most_80_columns_and_breaks_no_flag(capsys):
     # Unfilled, the losses of five seeds need 87 columns, and a line could end in "--pretrain-".
-    lines = advice_on([1.7] * 5, 0.5, capsys)
+    lines = advice_on([1.7] * 5, capsys)
     assert max(map(len, lines)) <= 80
     assert f"Seed 5, 6, 7, 8, 9: {PLATEAU}" in " ".join(lines)
 
@@ -1165,7 +1159,7 @@ def test_advice_on_five_seeds_has_at_most_80_columns_and_breaks_no_flag(capsys):
 ])
 def test_counting_pairs_is_mentioned_if_it_is_within_a_hundredth_of_the_best_row(
         pairs, said, capsys):
-    _, *advice = advice_on([1.2, 1.2], pairs, capsys)    # the first line has the masked losses
+    _, *advice = advice_on([1.2, 1.2], capsys, pairs)    # the first line has the masked losses
     assert advice == said
 
 
@@ -1679,14 +1673,14 @@ def call_command(monkeypatch, flags, names=tuple(experiments.FLAGS), returned=No
     return ended.value.code, measure
 
 
-# The flags that a command takes are the keys of what it hands on.
+# The flags that a command takes are the keys of what it hands on. There are 5 cores.
 @pytest.mark.parametrize("flags, handed_on", [
     ("", dict(seed=0, seeds=3, jobs=5, device="cpu", json=None)),
     ("--seed 7 --seeds 9 --jobs 4 --json r.json",
      dict(seed=7, seeds=9, jobs=4, device="cpu", json="r.json")),
     ("--device cuda", dict(seed=0, seeds=3, jobs=1, device="cuda", json=None)),
     ("--seed 7", dict(seed=7, jobs=5)),        # a command that has no --device runs on the CPU
-    ("--device cuda", dict(device="cuda")),    # a command that has no --jobs is handed none
+    ("--device cuda", dict(device="cuda")),    # nor are jobs handed on, if it has no --jobs
 ])
 def test_a_command_of_experiments_calls_its_function_with_flags_and_defaults(
         flags, handed_on, monkeypatch):
@@ -1919,13 +1913,13 @@ def test_attention_pull_agrees_with_finite_differences_of_the_loss(monkeypatch):
     assert found.numpy() == pytest.approx(pull, rel=1e-3, abs=1e-8)
 
 
-def neighbour_pulls_by_hand(model, tokens, labels, by_masks):
-    """The pulls at offsets -1 and 1, x 1000, as a mean over batches of 32, with masks of seed 3."""
-    generator = torch.Generator().manual_seed(3)
+def neighbour_pulls_by_hand(model, config, tokens, labels):
+    """The pulls at offsets -1 and 1, x 1000, as a mean over batches of 32."""
+    generator = torch.Generator().manual_seed(config.seed)
     pulls = []
     for x, y in zip(tokens.split(32), labels.split(32)):
-        if by_masks:
-            masked = spt.mask_tokens(x, 5, 0.4, generator)
+        if config.spt:
+            masked = spt.mask_tokens(x, config.vocab_size, config.mask_ratio, generator)
             pull = theory.attention_pull(model, spt.masked_loss, x, *masked)
         else:
             pull = theory.attention_pull(model, spt.label_loss, x, y)
@@ -1934,7 +1928,7 @@ def neighbour_pulls_by_hand(model, tokens, labels, by_masks):
 
 
 @pytest.mark.parametrize("by_masks", [True, False])
-def test_pulls_are_measured_while_training_and_the_score_at_the_end(by_masks, monkeypatch):
+def test_pulls_are_measured_while_training_and_loss_or_accuracy_at_the_end(by_masks, monkeypatch):
     monkeypatch.setattr(theory, "PULL_STEPS", (0, 5, 8, 99))    # training ends before step 99
     n_test = 32 + 32 + 7                                        # the last batch is smaller
     config = replace(SMALL, spt=by_masks, seed=3, start="near", freeze_qk=True, batch_size=7,
@@ -1945,7 +1939,7 @@ def test_pulls_are_measured_while_training_and_the_score_at_the_end(by_masks, mo
 
     def measure(step):
         if step in (0, 5, 8):
-            pull = neighbour_pulls_by_hand(model, x_test, y_test, by_masks)
+            pull = neighbour_pulls_by_hand(model, config, x_test, y_test)
             attention = spt.attention_by_offset(model, x_test[:64])
             expected.append(dict(step=step, pull=pull,
                                  on_neighbours=spt.on_neighbours(attention)))
@@ -2002,15 +1996,24 @@ def test_the_pull_of_masked_tokens_agrees_with_the_formula_of_the_proof():
     assert_close(-spt.by_offset(gradient), expected)
 
 
-@pytest.mark.parametrize("phi, is_linear", [(lambda z: z, True), (torch.tanh, False)])
-def test_far_from_uniform_attention_labels_stay_blind_only_where_phi_is_linear(phi, is_linear):
-    layer = theory.OneLayer(phi=phi)
-    scores = 3 * torch.randn(6).double()    # by offset
-    S = torch.stack([scores.roll(i) for i in range(6)])    # the same at all positions
-    moved = layer.label_loss(S, X, Y) - layer.label_loss(0 * S, X, Y)
-    assert (abs(moved.item()) < 1e-12) == is_linear
+@pytest.mark.parametrize("by_masks", [True, False])
+def test_learning_at_uniform_attention_trains_values_and_the_output_map_of_its_loss(by_masks):
+    layer = theory.OneLayer()
+    start = copy.deepcopy(layer)
+    theory.learn_at_uniform_attention(layer, X, Y, by_masks, steps=1)
+    assert not torch.equal(layer.v, start.v)
+    assert torch.equal(layer.U, start.U) == (not by_masks)
+    assert torch.equal(layer.W, start.W) == by_masks
 
 
+def test_each_of_ten_starts_learns_from_labels_and_then_once_more_from_masks(monkeypatch):
+    learn = Mock()
+    monkeypatch.setattr(theory, "learn_at_uniform_attention", learn)
+    theory.one_layer_pulls(0)
+    assert [each.kwargs["by_masks"] for each in learn.call_args_list] == [False, True] * 10
+
+
+# Not of seed 0, with which every test starts.
 @pytest.fixture(scope="module")
 def ten_starts():
     return theory.one_layer_pulls(1)
@@ -2080,15 +2083,15 @@ def test_part_b_prints_the_range_over_the_starts_of_each_pull_of_masks(capsys):
 """ in capsys.readouterr().out
 
 
-def part_c(of_masks=(3.1, 15.0), of_labels=(0.09, -0.30)):
-    """Part c of three seeds. The last has these pulls at step 100; 3.1 and -0.30 just pass."""
+def part_c(masks=([10.0, 20.0], [12.0, 22.0], [3.1, 15.0]),
+           labels=([0.03, -0.10], [0.06, -0.20], [0.09, -0.30])):
+    """Part c where three seeds have these pulls at step 100; 3.1 and -0.30 just pass."""
     def of_seed(pull, attention):
         return [dict(step=0, pull=[0.1, -0.2], on_neighbours=0.03),
                 dict(step=100, pull=pull, on_neighbours=attention)]
 
-    masks = [of_seed([10.0, 20.0], 0.4), of_seed([12.0, 22.0], 0.5), of_seed(of_masks, 0.6)]
-    labels = [of_seed([0.03, -0.10], 0.04), of_seed([0.06, -0.20], 0.04), of_seed(of_labels, 0.04)]
-    return theory.show_pulls(masks, labels)
+    return theory.show_pulls([of_seed(pull, 0.5) for pull in masks],
+                             [of_seed(pull, 0.04) for pull in labels])
 
 
 @pytest.mark.parametrize("part, changed, text", [
@@ -2101,8 +2104,9 @@ def part_c(of_masks=(3.1, 15.0), of_labels=(0.09, -0.30)):
     (part_b, dict(after=(12.0, -10.0, 4.0, 2.0, 1.0)), "at least\n    -10 times the size"),
     (part_b, dict(after=(4.9, 12.0, 4.0, 2.0, -1.0)), "at least\n    5 times the size"),
     (part_b, dict(alone=0.009), " 0.009 (0.01)"),
-    (part_c, dict(of_masks=(15.0, 2.9)), "smaller of the two pulls reaches 2.9 (above 3)"),
-    (part_c, dict(of_labels=(0.0, -0.31)), "0.31 in size at most (0.30)"),
+    (part_c, dict(masks=[[10.0, 20.0], [12.0, 22.0], [15.0, 2.9]]),
+     "smaller of the two pulls reaches 2.9 (above 3)"),
+    (part_c, dict(labels=[[0.0, 0.0], [0.0, 0.0], [0.0, -0.31]]), "0.31 in size at most (0.30)"),
 ])
 def test_each_verdict_of_the_theory_holds_within_its_bound_and_fails_beyond_it(
         part, changed, text, capsys):
@@ -2111,7 +2115,8 @@ def test_each_verdict_of_the_theory_holds_within_its_bound_and_fails_beyond_it(
 
 def test_part_c_prints_means_and_standard_deviations_over_seeds(capsys):
     # The standard deviation of three numbers at equal distances is that distance.
-    part_c(of_masks=(14.0, 24.0), of_labels=(0.09, -0.30))
+    part_c(masks=[[10.0, 20.0], [12.0, 22.0], [14.0, 24.0]],
+           labels=[[0.03, -0.10], [0.06, -0.20], [0.09, -0.30]])
     assert """
       on masked tokens                     on labels
 step  at -1        at +1        attention  at -1        at +1        attention
@@ -2283,18 +2288,6 @@ def test_the_cells_of_the_table_ask_for_what_their_rows_and_columns_say():
             assert cell == Cell(kind, n_targets // each, each, start, limit=limits[n_targets])
 
 
-def test_the_cells_below_the_table_ask_for_what_their_lines_say():
-    assert targets.BELOW == {
-        "4 masked tokens in each of 32 sequences": Cell("masks", 32, 4, limit=2000),
-        "one label asked at all its 64 positions": Cell("labels", 32, 64, limit=2000),
-        "length 128: 1 label in each of 128":
-            Cell("labels", 128, seq_len=128, limit=1500, rates=(0.003,)),
-        "length 128: 1 masked in each of 128":
-            Cell("masks", 128, seq_len=128, limit=1500, rates=(0.003,)),
-        "length 128: 38 masked in each of 32": Cell("masks", 32, 38, seq_len=128, limit=3000),
-    }
-
-
 # About as measured: the mean steps of each cell of the table.
 MEANS = {
     "labels": {32: 1300, 128: 470, 608: 170},
@@ -2312,6 +2305,28 @@ def steps_of_two_seeds(means=MEANS, below=240):
             mean = means[name][n_targets]
             steps[cell] = [mean - 10, mean + 10]
     return steps
+
+
+def judge_targets(row="labels", column=32, mean=MEANS["labels"][32], below=240):
+    """The verdicts on MEANS with another mean in one place, or for the cells below the table."""
+    means = MEANS | {row: MEANS[row] | {column: mean}}
+    return targets.judge(steps_of_two_seeds(means, below))
+
+
+# Each case puts a mean just beyond a bound, so near that the bound itself is printed.
+@pytest.mark.parametrize("changed, text", [
+    (dict(row="masked, as in SPT", column=608, mean=1300 / 5 + 1), "need 5.0 times the steps of"),
+    (dict(row="labels", column=608, mean=1300 / 4 + 1), "take off\n    4.0 times sooner than 32"),
+    (dict(row="labels", column=128, mean=4 * 230 + 1), "at 128 targets a step, labels need 4.0"),
+    (dict(row="labels", column=128, mean=230 - 1), "at 128 targets a step, labels need 1.0"),
+    (dict(row="masked tokens", column=608, mean=170 / 4 - 0.5), "at 608, 4.0 times"),
+    (dict(row="masked tokens", column=608, mean=170 + 1), "at 608, 1.0 times"),
+    (dict(below=2 * 230 + 1), "do the work of 1 in each of\n    128: 2.0 times"),
+    (dict(below=230 / 2 - 1), "do the work of 1 in each of\n    128: 0.5 times"),
+    (dict(row="labels, near start", column=32, mean=1300 / 3 + 1), "take off 3.0 times sooner"),
+])
+def test_a_verdict_on_targets_fails_beyond_its_bound(changed, text, capsys):
+    assert text in printed_where_one_verdict_fails(judge_targets, changed, capsys)
 
 
 # The standard deviation of 10 less and 10 more is 14. In parentheses are the steps times the
@@ -2341,28 +2356,6 @@ def test_targets_print_steps_and_in_parentheses_the_targets_seen(capsys):
     steps[last] = [None, 900]
     targets.show_table(steps)
     assert capsys.readouterr().out.endswith(SHOWN)
-
-
-def judge_targets(row="labels", column=32, mean=MEANS["labels"][32], below=240):
-    """The verdicts on MEANS with another mean in one place, or for all cells below the table."""
-    means = MEANS | {row: MEANS[row] | {column: mean}}
-    return targets.judge(steps_of_two_seeds(means, below))
-
-
-# Each case puts a mean just beyond a bound, so near that the bound itself is printed.
-@pytest.mark.parametrize("changed, text", [
-    (dict(row="masked, as in SPT", column=608, mean=1300 / 5 + 1), "need 5.0 times the steps of"),
-    (dict(row="labels", column=608, mean=1300 / 4 + 1), "take off\n    4.0 times sooner than 32"),
-    (dict(row="labels", column=128, mean=4 * 230 + 1), "at 128 targets a step, labels need 4.0"),
-    (dict(row="labels", column=128, mean=230 - 1), "at 128 targets a step, labels need 1.0"),
-    (dict(row="masked tokens", column=608, mean=170 / 4 - 0.5), "at 608, 4.0 times"),
-    (dict(row="masked tokens", column=608, mean=170 + 1), "at 608, 1.0 times"),
-    (dict(below=2 * 230 + 1), "    128: 2.0 times"),
-    (dict(below=230 / 2 - 1), "    128: 0.5 times"),
-    (dict(row="labels, near start", column=32, mean=1300 / 3 + 1), "take off 3.0 times sooner"),
-])
-def test_a_verdict_on_targets_fails_beyond_its_bound(changed, text, capsys):
-    assert text in printed_where_one_verdict_fails(judge_targets, changed, capsys)
 
 
 FIRST_CELL = Cell("labels", 4)
@@ -2498,9 +2491,10 @@ def test_the_method_on_one_screen_computes_the_losses_of_the_file():
     assert_close(scope["label_loss"], spt.label_loss(MODEL, TOKENS, LABELS))
 
 
-def test_each_line_of_the_method_on_one_screen_stands_in_the_file_too():
-    for line in re.findall(".* = .*", code_block("masked_loss =")):
-        assert f"#     {line}" in inspect.getsource(spt)
+def test_the_code_of_the_method_on_one_screen_stands_as_a_comment_in_spt_py_too():
+    for line in code_block("masked_loss =").splitlines():
+        if not line.startswith("#"):    # its comments are worded differently
+            assert f"#     {line}" in inspect.getsource(spt)
 
 
 def test_the_near_start_of_readmes_encoder_is_that_of_the_file():
