@@ -896,6 +896,13 @@ def test_a_run_equals_one_written_by_hand(changes):
     assert result == expected
 
 
+def test_a_transfer_keeps_the_number_of_classes(some_files):
+    config = spt.recipe(data="own.npz", spt=True, transfer="qk", pretrain_steps=1,
+                        finetune_steps=1)
+    _, model = spt.run(config)
+    assert model.class_head.out_features == 3
+
+
 def test_the_masked_loss_on_test_is_the_mean_over_all_masked_tokens_of_all_batches():
     config = replace(SMALL, batch_size=7, mask_ratio=0.4, seed=3)
     loss = spt.masked_loss_on_test(MODEL, TOKENS, config)
@@ -2006,7 +2013,7 @@ def test_learning_at_uniform_attention_trains_values_and_the_output_map_of_its_l
     assert torch.equal(layer.W, start.W) == by_masks
 
 
-def test_each_of_ten_starts_learns_from_labels_and_then_once_more_from_masks(monkeypatch):
+def test_in_each_of_ten_starts_one_layer_learns_from_labels_and_one_from_masks(monkeypatch):
     learn = Mock()
     monkeypatch.setattr(theory, "learn_at_uniform_attention", learn)
     theory.one_layer_pulls(0)
@@ -2288,7 +2295,18 @@ def test_the_cells_of_the_table_ask_for_what_their_rows_and_columns_say():
             assert cell == Cell(kind, n_targets // each, each, start, limit=limits[n_targets])
 
 
-# About as measured: the mean steps of each cell of the table.
+def test_the_cells_below_the_table_ask_for_what_their_lines_say():
+    asked = [(cell.kind, cell.sequences, cell.each, cell.seq_len)
+             for cell in targets.BELOW.values()]
+    assert asked == [
+        ("masks", 32, 4, 64),
+        ("labels", 32, 64, 64),
+        ("labels", 128, 1, 128),
+        ("masks", 128, 1, 128),
+        ("masks", 32, 38, 128)]
+
+
+# Made up, and roughly as measured: the mean steps of each cell of the table.
 MEANS = {
     "labels": {32: 1300, 128: 470, 608: 170},
     "masked tokens": {32: 780, 128: 230, 608: 110},
@@ -2449,7 +2467,7 @@ def test_the_benchmark_makes_its_data_and_prints_and_writes_all_runs(
 
 
 # --- Pieces that copy alone, and README --------------------------------------------------------
-# {pieces that are pasted together: a use of them}
+# What may be copied alone, as README and synthetic_tasks.py say: {pieces pasted together: a use}
 PIECES = {
     "sinusoidal_positions": "sinusoidal_positions(7, 4)",
     "Attention rotate": "Attention(8, 2, rotary=True)(torch.ones(1, 3, 8))",
