@@ -339,13 +339,13 @@ def test_bytes_booleans_and_whole_floats_are_as_good_as_integers(kind, tmp_path)
     assert data.symbols == data.classes == [0, 1]
 
 
-def test_large_tokens_stay_apart_though_the_pad_is_of_another_type(tmp_path):
-    # In one array with the pad they would be floats, and 2**53 + 1 would become 2**53.
+def test_a_float_pad_goes_with_large_unsigned_tokens_and_does_not_merge_them(tmp_path):
+    # Made one type with the pad they would be floats, and 2**53 + 1 would become 2**53.
     tokens = np.uint64([[2**53, 2**53 + 1, 2], [2, 2, 7]])
     data = load(tmp_path, tokens=tokens, labels=[0, 1], test_tokens=tokens, test_labels=[0, 1],
                 pad=7.0)
     assert data.symbols == [2, 2**53, 2**53 + 1]
-    assert data.tokens.tolist() == [[1, 2, 0], [0, 0, 3]]
+    assert data.tokens.tolist() == [[1, 2, 0], [0, 0, 3]]    # 3 is the pad
 
 
 def test_words_and_names_are_numbered_in_sorted_order_and_an_unseen_word_is_the_mask(tmp_path):
@@ -388,6 +388,7 @@ def test_without_a_test_part_a_fifth_of_the_distinct_sequences_becomes_it(tmp_pa
     train = set(map(tuple, data.tokens.tolist()))
     test = set(map(tuple, data.test_tokens.tolist()))
     assert (len(train), len(test)) == (24, 6)
+    assert not train & test
     assert len(data.tokens) + len(data.test_tokens) == len(tokens)
     assert_array_equal(data.labels, data.tokens[:, 0])
     assert_array_equal(data.test_labels, data.test_tokens[:, 0])
@@ -1549,9 +1550,10 @@ def test_own_data_are_shown_with_their_sizes_and_unseen_tokens(some_files, capsy
     assert rough.startswith("only 3 test sequences")
 
 
-def test_the_best_possible_is_unknown_of_own_data_even_in_a_file_called_like_a_task(
+def test_the_best_possible_is_unknown_for_own_data_even_if_the_file_is_called_bag(
         some_files, capsys):
-    Path("own.npz").rename("bag")    # of the task bag the best possible is known
+    # What is printed first is the name of the file, but it is not what decides.
+    Path("own.npz").rename("bag")
     spt.show_setting(spt.recipe(data="bag"))
     _, baselines, *_ = capsys.readouterr().out.splitlines()
     assert baselines.endswith("best possible unknown")
