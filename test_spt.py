@@ -607,6 +607,11 @@ def test_the_arguments_of_the_model_decide_the_sizes_of_its_layers():
     assert model.class_head.weight.shape == (3, 24)
 
 
+def test_attention_is_rotary_in_every_block_where_positions_are():
+    model = small_model(positions="rotary", n_layers=2)
+    assert [block.attention.rotary for block in model.blocks] == [True, True]
+
+
 @pytest.mark.parametrize("positions", spt.POSITIONS)
 def test_a_sequence_and_its_reverse_get_the_same_logits_only_without_positions(positions):
     model = small_model(positions=positions).double()
