@@ -771,6 +771,7 @@ def test_attention_by_offset_is_the_mean_over_sequences_and_positions_of_each_la
         # Of each query i: the attention at offsets 0, 1, ... is that at keys i, i + 1, ...
         by_query = [weights[:, i].roll(-i, dims=1) for i in range(9)]    # (H, T) each
         assert_close(found, sum(by_query) / 9)
+        assert not found.requires_grad
         x = block(x)
 
 
