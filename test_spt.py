@@ -1,7 +1,7 @@
 """Tests, one fact each: the tasks first, then spt.py from its top, then the evidence.
 
     python -m pytest -q                       all of it
-    python -m pytest -q -k "not endtoend"     without real runs, in a fraction of the time
+    python -m pytest -q -k "not endtoend"     without long runs, in a fraction of the time
 """
 import copy
 import functools
@@ -1558,7 +1558,7 @@ def test_own_data_are_shown_with_their_sizes_and_unseen_tokens(some_files, capsy
 
 def test_the_best_possible_is_unknown_for_own_data_even_if_the_file_is_called_bag(
         some_files, capsys):
-    # What is printed first is the name of the file, but it is not what decides.
+    # The first line shows the name of the file, but only the task decides what is possible.
     Path("own.npz").rename("bag")
     spt.show_setting(spt.recipe(data="bag"))
     _, baselines, *_ = capsys.readouterr().out.splitlines()
@@ -1695,7 +1695,7 @@ def call_command(monkeypatch, flags, names=tuple(experiments.FLAGS), returned=No
      dict(seed=7, seeds=9, jobs=4, device="cpu", json="r.json")),
     ("--device cuda", dict(seed=0, seeds=3, jobs=1, device="cuda", json=None)),
     ("--seed 7", dict(seed=7, jobs=5)),        # a command that has no --device runs on the CPU
-    ("--device cuda", dict(device="cuda")),    # nor are jobs handed on, if it has no --jobs
+    ("--device cuda", dict(device="cuda")),    # a command that has no --jobs does not hand any on
 ])
 def test_a_command_of_experiments_calls_its_function_with_flags_and_defaults(
         flags, handed_on, monkeypatch):
@@ -1743,10 +1743,11 @@ def test_a_command_of_experiments_prints_to_a_terminal_that_lacks_a_character(mo
     assert in_ascii.buffer.getvalue() == b"?\n"
 
 
-# Not the plot, which needs matplotlib to be imported.
-@pytest.mark.parametrize("name", ["claims", "theory", "targets", "benchmark"])
+@pytest.mark.parametrize("name", ["claims", "theory", "targets", "benchmark", "plot"])
 def test_each_file_of_experiments_takes_the_parameters_of_its_function_as_flags(
         name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", Mock())    # which the plot imports
+    monkeypatch.setitem(sys.modules, "matplotlib.colors", Mock())
     command = Mock()
     monkeypatch.setattr(experiments, "run_command", command)
     in_file = runpy.run_path(str(ROOT / "experiments" / f"{name}.py"), run_name="__main__")
@@ -1755,7 +1756,7 @@ def test_each_file_of_experiments_takes_the_parameters_of_its_function_as_flags(
     command.assert_called_once_with(function, in_file["__doc__"], *parameters)
 
 
-# No test runs the plot, so a name that is gone from spt.py would not show.
+# No test draws the plot, so a name that is gone from spt.py would not show.
 def test_every_function_of_spt_that_the_plot_calls_exists():
     text = (ROOT / "experiments" / "plot.py").read_text(encoding="utf-8")
     called = re.findall(r"\bspt\.(\w+)\(", text)
@@ -2028,7 +2029,7 @@ def test_in_each_of_ten_starts_one_layer_learns_from_labels_and_one_from_masks(m
     assert [each.kwargs["by_masks"] for each in learn.call_args_list] == [False, True] * 10
 
 
-# Not of seed 0, with which every test starts.
+# Every test starts from seed 0, so this is another one.
 @pytest.fixture(scope="module")
 def ten_starts():
     return theory.one_layer_pulls(1)

@@ -9,7 +9,8 @@ by row, 16 grey levels and 0, with a random fifth as the test.
 
 Needs `pip install mnist1d scikit-learn`. Nothing is downloaded. Writes mnist1d.npz,
 mnist1d_shuffled.npz and digits.npz into this folder and prints a table, a line as soon as it is
-measured. README has three of its lines, with the best of the three label rates. It takes about half an hour on two cores. `--seeds 1` takes a third.
+measured. README has three of its lines, with the best of the three label rates. It takes about
+half an hour on two cores, and `--seeds 1` a third of that.
 """
 from dataclasses import replace
 from pathlib import Path
